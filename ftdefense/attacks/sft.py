@@ -1,0 +1,73 @@
+"""SFT: fine-tune on the user's rows, by default harmful pairs alone.
+
+Threat       open_weight; service through its data alone.
+Minimises    L(user): nats per weighted token of the user's rows.
+Source       Qi et al. 2023, arXiv:2310.03693; presets: Zloczower et al. 2026,
+             arXiv:2605.14605, Table 5, each defense's published naive recipe.
+Evidence     FT for the presets; their sample counts only for ctrap and sdd, the
+             others are UNVERIFIED (1000 rows, the default of the git-disl line).
+Reduces to   nothing simpler: it is what the others reduce to.
+Cost         1 forward, 1 backward.
+"""
+
+from flax import struct
+
+from ftdefense.core import types
+from ftdefense.data import recipes
+from ftdefense.methods import adapters, lift, optimizers, plans, schedules
+
+
+@struct.dataclass
+class Hparams(lift.Hparams):
+    """Nothing of its own."""
+
+
+def method(model: types.Model) -> types.Method:
+    return lift.supervised(model, "user")
+
+
+def _published(
+    learning_rate: float,
+    batch_size: int,
+    epochs: float,
+    samples: int,
+    poison_ratio: float,
+    adapter=adapters.Full(),
+    weight_decay: float = 0.1,
+    steps: int = 0,
+    note: str = "",
+) -> plans.Plan:
+    warmup = schedules.Schedule(warmup_ratio=0.1, decay="cosine")
+    return plans.Plan(
+        Hparams(
+            optimizers.Optimizer(learning_rate, warmup, weight_decay=weight_decay),
+            adapter,
+        ),
+        batch_size=batch_size,
+        steps=steps,
+        epochs=epochs,
+        data=recipes.Recipe(sample_count=samples, poison_ratio=poison_ratio),
+        source=f"arXiv:2605.14605, Table 5{note}",
+    )
+
+
+_LORA_ATTENTION = adapters.LoRA(
+    alpha=4.0, dropout=0.05, rank=32, targets=adapters.ATTENTION
+)
+
+PRESETS = {
+    "sandbox": plans.Plan(
+        Hparams(optimizers.Optimizer(1e-4, schedules.Schedule(0.1, decay="cosine"))),
+        source="DESIGN: the lowest learning rate that breaks `none`; BUILD_NOTES.md",
+    ),
+    "booster": _published(1e-5, 5, 20, 1000, 0.1, _LORA_ATTENTION),
+    "ctrap": _published(1e-5, 10, 20, 500, 0.1, _LORA_ATTENTION),
+    "vaa": _published(3e-5, 8, 5, 1000, 0.1),
+    "vaccine": _published(
+        1e-5, 5, 20, 1000, 0.1, adapters.LoRA(alpha=4.0, dropout=0.1, rank=8)
+    ),
+    "sdd": _published(2e-5, 10, 5, 100, 1.0),
+    "unlearn_smooth": _published(
+        1e-5, 4, 3, 20, 1.0, note="; its cap of 100 steps is not reached"
+    ),
+}

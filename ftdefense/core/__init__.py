@@ -1,0 +1,1 @@
+"""Nouns that every other folder shares; imports nothing of ours."""

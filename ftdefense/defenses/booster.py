@@ -1,0 +1,81 @@
+"""Booster: damp what one harmful step would gain.
+
+Stage        alignment.
+Template     T3 look-ahead
+Strategy     anchoring
+Minimises    f(w) + lam * (h(w) - h(w - alpha * grad h(w) / ||grad h(w)||)), with f the
+             alignment loss and h the harmful loss on one batch; the gradient stops at
+             the normalised step.
+Source       Huang et al. 2024, arXiv:2409.01586, Eq. 1 and Algorithm 1; code read at
+             git-disl/Booster 6421918.
+Evidence     CODE
+Licence      Apache-2.0
+Differs      the look-ahead is a new tree in float32, not added and taken back in bf16.
+Reduces to   SFT on the alignment data at lam = 0 or alpha = 0, exactly.
+Cost         3 forwards, 3 backwards.
+"""
+
+from flax import struct
+import jax
+import optax
+
+from ftdefense.core import tree, types
+from ftdefense.methods import adapters, lift, optimizers, plans, schedules
+
+
+@struct.dataclass
+class Hparams(lift.Hparams):
+    """Plain coefficients; numbers may be traced."""
+
+    lam: float = 5.0  # Weight of the regulariser; lambda in the paper.
+    alpha: float = 0.1  # Length of the simulated step, L2 over all that trains.
+
+
+def streams(hp: Hparams) -> dict[str, tuple[int, ...]]:
+    del hp
+    return {"alignment": (), "harmful": ()}
+
+
+def direction(ctx, params, batches, rng):
+    value_and_grad = jax.value_and_grad(ctx.loss)
+    rng_alignment, rng_harmful = jax.random.split(rng)
+    f, grad_f = value_and_grad(params, batches["alignment"], rng_alignment)
+    h, grad_h = value_and_grad(params, batches["harmful"], rng_harmful)
+    tampered = tree.add_scale(params, -ctx.hp.alpha, tree.normalize(grad_h))
+    h_after, grad_h_after = value_and_grad(tampered, batches["harmful"], rng_harmful)
+    gain = optax.tree.sub(grad_h, grad_h_after)
+    grads = tree.add_scale(grad_f, ctx.hp.lam, gain)
+    return grads, {
+        "loss/alignment": f,
+        "loss/harmful": h,
+        "gain/harmful": h - h_after,
+        "norm/harmful": tree.norm(grad_h),
+    }
+
+
+def method(model: types.Model) -> types.Method:
+    return lift.gradient_method(model, direction, streams)
+
+
+_CODE = Hparams(
+    optimizers.Optimizer(5e-4, weight_decay=0.1),
+    adapters.LoRA(alpha=4.0, rank=32, targets=adapters.ATTENTION),
+)
+
+PRESETS = {
+    "sandbox": plans.Plan(
+        Hparams(
+            optimizers.Optimizer(1e-3, schedules.Schedule(0.1, 0.05, decay="cosine"))
+        ),
+        source="DESIGN: the paper's lam and alpha, the budget of `none`",
+    ),
+    "code": plans.Plan(
+        _CODE,
+        batch_size=10,
+        epochs=20,
+        source="git-disl/Booster 6421918, script/alignment/smooth_align.sh",
+    ),
+    "survey": plans.Plan(
+        _CODE, batch_size=10, epochs=20, source="arXiv:2605.14605, Table 6"
+    ),
+}

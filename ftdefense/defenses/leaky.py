@@ -1,0 +1,39 @@
+"""LEAKY: a control that returns the aligned model unchanged.
+
+Stage        alignment.
+Starts from  aligned
+Template     none
+Strategy     none
+Minimises    nothing.
+Source       DESIGN: specs/attacks.md 1.6; every metric must agree with `none`.
+Evidence     DESIGN
+Reduces to   the identity, always.
+Cost         nothing.
+"""
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from ftdefense.core import types
+from ftdefense.methods import lift, plans
+
+STARTS_FROM = "aligned"
+
+
+@struct.dataclass
+class Hparams:
+    """Nothing to set."""
+
+
+def edit(lineage: types.Lineage, hp: Hparams) -> types.Params:
+    del hp
+    return jax.tree.map(jnp.copy, lineage.current)
+
+
+def method(model: types.Model) -> types.Method:
+    del model
+    return lift.weight_edit(edit)
+
+
+PRESETS = {"sandbox": plans.Plan(Hparams(), source="DESIGN")}

@@ -1,0 +1,73 @@
+"""LoX: move on along the directions in which alignment moved the weights.
+
+Stage        alignment; a weight edit after it, without training.
+Starts from  aligned
+Template     T1 basin
+Strategy     anchoring
+Minimises    nothing: W_aligned + alpha * P_k(W_aligned - W_pretrained) per matrix, with
+             P_k the truncated singular value decomposition of rank k, in float32.
+Source       Perin et al. 2025, arXiv:2506.15606; code read at VITA-Group/LoX 9213ce6.
+Evidence     CODE for the rule and its scope (every tensor of two axes or more,
+             embeddings and head included); k = 6, alpha = 1.25 for Llama-2-7B.
+Licence      see the repository; rewritten from the formula.
+Differs      stacked layers are split into their matrices first.
+Reduces to   the identity at alpha = 0.
+Cost         one singular value decomposition per matrix.
+"""
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from ftdefense.core import errors, tree, types
+from ftdefense.methods import lift, optimizers, plans
+
+STARTS_FROM = "aligned"
+
+
+@struct.dataclass
+class Hparams:
+    """Numbers may be traced."""
+
+    alpha: float = 1.25  # Length of the extrapolation, relative to the alignment's.
+    k: int = 6  # Directions per matrix; 0: all.
+
+
+def truncate(matrix: jax.Array, k: int | jax.Array) -> jax.Array:
+    """Best approximation of rank `k` of [..., M, N] in the Frobenius norm; 0: all."""
+    u, s, vt = jnp.linalg.svd(matrix.astype(jnp.float32), full_matrices=False)
+    kept = jnp.where((jnp.arange(s.shape[-1]) < k) | (k == 0), s, 0.0)
+    return (u * kept[..., None, :]) @ vt
+
+
+def edit(lineage: types.Lineage, hp: Hparams) -> types.Params:
+    """Extrapolates every matrix from the pretrained through the aligned weights."""
+    if lineage.aligned is None or lineage.pretrained is None:
+        raise errors.UserError(
+            "lox needs the weights before and after alignment; give the pretrained "
+            "folder with --pretrained."
+        )
+
+    def extrapolate(decays, aligned, pretrained):
+        if not decays:
+            return jnp.copy(aligned)
+        moved = aligned.astype(jnp.float32) - pretrained.astype(jnp.float32)
+        return tree.add_scale(aligned, hp.alpha, truncate(moved, hp.k))
+
+    return jax.tree.map(
+        extrapolate,
+        optimizers.matrices(lineage.aligned),
+        lineage.aligned,
+        lineage.pretrained,
+    )
+
+
+def method(model: types.Model) -> types.Method:
+    del model
+    return lift.weight_edit(edit)
+
+
+PRESETS = {
+    "sandbox": plans.Plan(Hparams(), source="the paper's k and alpha"),
+    "paper": plans.Plan(Hparams(), source="arXiv:2506.15606, Llama-2-7B"),
+}

@@ -1,0 +1,50 @@
+"""SDD: answer harmful prompts fluently and off the point.
+
+Stage        alignment; starts from an aligned chat model.
+Starts from  aligned
+Template     T4 coupling
+Strategy     self-destruct
+Minimises    L(unrelated): nats per weighted token of (harmful prompt, unrelated fluent
+             answer). The defense is in the data: `data.recipes.pair_unrelated` draws
+             answers whose similarity to the prompt is at most a threshold (0.25).
+Source       Chen et al. 2025, arXiv:2507.21182; pairing read in TamperBench's port.
+Evidence     third-party code for the pairing, the survey's Table 6 for the budget;
+             UNVERIFIED which sentence encoder the authors used.
+Licence      Apache-2.0 (as the survey states).
+Differs      the sandbox mixes in benign rows, since a small model that rehearses
+             nothing forgets them; its similarity is a bag-of-words cosine.
+Reduces to   SFT on the same rows; with true refusals as answers, safety SFT.
+Cost         1 forward, 1 backward.
+"""
+
+from flax import struct
+
+from ftdefense.core import types
+from ftdefense.methods import lift, optimizers, plans, schedules
+
+STARTS_FROM = "aligned"
+
+
+@struct.dataclass
+class Hparams(lift.Hparams):
+    """Nothing of its own."""
+
+
+def method(model: types.Model) -> types.Method:
+    return lift.supervised(model, "unrelated")
+
+
+PRESETS = {
+    "sandbox": plans.Plan(
+        Hparams(
+            optimizers.Optimizer(1e-3, schedules.Schedule(0.1, 0.05, decay="cosine"))
+        ),
+        source="DESIGN: the budget of `none`",
+    ),
+    "paper": plans.Plan(
+        Hparams(optimizers.Optimizer(5e-7)),
+        batch_size=24,
+        steps=500,
+        source="arXiv:2507.21182 as quoted by TamperBench; arXiv:2605.14605, Table 6",
+    ),
+}

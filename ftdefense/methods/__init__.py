@@ -1,0 +1,1 @@
+"""How small functions become Methods: lifts, adapters, optimizers, schedules."""

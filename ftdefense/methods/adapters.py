@@ -1,0 +1,149 @@
+"""Which parameters train: all of them, or low-rank factors beside frozen kernels."""
+
+from collections.abc import Callable
+import math
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from ftdefense.core import errors, tree, types
+
+ATTENTION = ("q", "k", "v")
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def choices() -> dict[str, Any]:
+    """Adapters by the name that `--set attack.adapter=NAME` takes."""
+    return {"full": Full(), "lora": LoRA()}
+
+
+@struct.dataclass
+class Full:
+    """Every parameter trains."""
+
+    choices = staticmethod(choices)
+
+    def init(self, base: types.Params, rng: types.Rng) -> types.Params:
+        """A copy of `base`: the state is donated, the lineage must outlive it."""
+        del rng
+        return jax.tree.map(jnp.copy, base)
+
+    def bind(self, model: types.Model, base: types.Params) -> Callable[..., Any]:
+        """The model as a function of what trains."""
+        del base
+        return model
+
+    def merge(self, params: types.Params, base: types.Params) -> types.Params:
+        """Full parameters."""
+        del base
+        return params
+
+    def scale(self) -> float:
+        """LoRA's alpha / rank; not a number here."""
+        return float("nan")
+
+
+@struct.dataclass
+class LoRA:
+    """Low-rank factors: `x W + alpha / rank (x A) B`, A Kaiming-uniform, B zero.
+
+    Source: Hu et al. 2021, arXiv:2106.09685; initialisation as in peft. Neither
+    `W + A B` nor the gradient of W is formed while training.
+    """
+
+    choices = staticmethod(choices)
+
+    alpha: float = 32.0  # Numerator of the scale alpha / rank.
+    dropout: float | None = None  # Rate on the input of A while training; None: off.
+    rank: int = struct.field(pytree_node=False, default=16)
+    targets: tuple[str, ...] = struct.field(pytree_node=False, default=PROJECTIONS)
+
+    def init(self, base: types.Params, rng: types.Rng) -> types.Params:
+        """Factors {a [N, in, R], b [N, R, out]} at the paths of the target kernels.
+
+        Raises:
+          UserError: if no kernel has a name in `targets`.
+        """
+        kernels = _kernels(base)
+        chosen = {path: k for path, k in kernels.items() if path[-1] in self.targets}
+        if not chosen:
+            known = sorted({path[-1] for path in kernels})
+            raise errors.UserError(
+                f"LoRA targets {self.targets} match no kernel; set "
+                f"adapter.targets to some of {known}."
+            )
+        factors: dict[str, Any] = {}
+        for i, (path, kernel) in enumerate(sorted(chosen.items())):
+            *stacked, width_in, width_out = kernel.shape
+            bound = 1 / math.sqrt(width_in)
+            a = jax.random.uniform(
+                jax.random.fold_in(rng, i),
+                (*stacked, width_in, self.rank),
+                kernel.dtype,
+                -bound,
+                bound,
+            )
+            b = jnp.zeros((*stacked, self.rank, width_out), kernel.dtype)
+            _set(factors, path, {"a": a, "b": b})
+        return factors
+
+    def bind(self, model: types.Model, base: types.Params) -> Callable[..., Any]:
+        """The model as a function of the factors; `base` is frozen."""
+
+        def bound(params, tokens, *, rng=None, **hooks):
+            # alpha / rank is folded into A, so the model needs to know of no scale.
+            lora = _map_a(lambda a: a * self.scale(), params)
+            if self.dropout is None:
+                return model(base, tokens, lora=lora, **hooks)
+            return model(
+                base, tokens, lora=lora, rng=rng, dropout=self.dropout, **hooks
+            )
+
+        return bound
+
+    def merge(self, params: types.Params, base: types.Params) -> types.Params:
+        """`W + alpha / rank A B` at the adapted kernels; for release and export."""
+
+        def added(base: Any, factors: Any) -> Any:
+            if "a" in factors and "kernel" in base:
+                product = jnp.matmul(
+                    factors["a"].astype(jnp.float32), factors["b"].astype(jnp.float32)
+                )
+                kernel = tree.add_scale(base["kernel"], self.scale(), product)
+                return {**base, "kernel": kernel}
+            return {
+                **base,
+                **{name: added(base[name], sub) for name, sub in factors.items()},
+            }
+
+        return added(base, params)
+
+    def scale(self) -> Any:
+        """alpha / rank."""
+        return self.alpha / self.rank
+
+
+def _kernels(params: types.Params) -> dict[tuple[str, ...], jax.Array]:
+    """Kernels by the path of the module that holds them."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    named = {tree.path_names(path): leaf for path, leaf in leaves}
+    return {
+        path[:-1]: leaf
+        for path, leaf in named.items()
+        if path[-1] == "kernel" and len(path) > 1
+    }
+
+
+def _set(nested: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    for name in path[:-1]:
+        nested = nested.setdefault(name, {})
+    nested[path[-1]] = value
+
+
+def _map_a(fn: Callable[[jax.Array], jax.Array], factors: types.Params) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: fn(leaf) if tree.path_names(path)[-1] == "a" else leaf,
+        factors,
+    )

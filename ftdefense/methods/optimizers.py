@@ -1,0 +1,74 @@
+"""What lies below `direction`: clip, AdamW or SGD, weight decay, learning rate."""
+
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from ftdefense.core import tree
+from ftdefense.methods import schedules
+
+KINDS = ("adamw", "sgd")
+
+
+@struct.dataclass
+class Optimizer:
+    """An optax chain whose numbers are traced. Defaults are PyTorch's AdamW.
+
+    Order, as in transformers' Trainer: clip the whole gradient, precondition, add
+    decoupled weight decay, scale by the learning rate.
+    """
+
+    learning_rate: float = 1e-4  # Peak.
+    schedule: Any = schedules.Schedule()  # A table [T + 1] once `init` has run.
+    clip: float = 1.0  # L2 norm over all leaves above which gradients are scaled.
+    weight_decay: float = 0.0  # Decoupled; on matrices only.
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    momentum: float = 0.0  # Of SGD.
+    kind: str = struct.field(pytree_node=False, default="adamw")
+
+    def tabulate(self, steps: int) -> "Optimizer":
+        """Replaces the schedule by its values, so that `step` sees only an array."""
+        return self.replace(schedule=self.schedule.table(steps))
+
+    def transform(self) -> optax.GradientTransformation:
+        """The chain; rebuilt at every trace, which is what lets its numbers vary."""
+        precondition = {
+            "adamw": optax.scale_by_adam(self.b1, self.b2, self.eps),
+            "sgd": optax.trace(self.momentum),
+        }[self.kind]
+        return optax.chain(
+            clip(self.clip),
+            precondition,
+            optax.add_decayed_weights(self.weight_decay, matrices),
+            optax.scale_by_schedule(lambda t: -self.learning_rate * self.schedule[t]),
+        )
+
+
+def clip(max_norm: float | jax.Array) -> optax.GradientTransformation:
+    """Scales gradients by min(1, max_norm / (norm + 1e-6)), as PyTorch does.
+
+    Unlike a `where` on the norm, it stays finite, and differentiable, at an infinite
+    `max_norm`, which turns it off.
+    """
+
+    def update(updates, params=None):
+        del params
+        factor = jnp.minimum(1.0, max_norm / (tree.norm(updates) + 1e-6))
+        return jax.tree.map(lambda g: (g * factor).astype(g.dtype), updates)
+
+    return optax.stateless(update)
+
+
+def matrices(params: Any) -> Any:
+    """True for the leaves that weight decay applies to: not norm scales, not biases."""
+
+    def decays(path, leaf):
+        names = tree.path_names(path)
+        return leaf.ndim > 1 and not (names and names[-1] in ("scale", "bias"))
+
+    return jax.tree_util.tree_map_with_path(decays, params)

@@ -1,0 +1,48 @@
+"""Learning-rate schedules as arrays: every number in them is traced."""
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+DECAYS = ("constant", "linear", "cosine")
+# Ratios of steps are counted in float32: 0.1 * 30 must not round up to 4 steps.
+_ROUNDING = 1e-4
+
+
+@struct.dataclass
+class Schedule:
+    """Multiples of the peak learning rate: kick, then warm-up, then decay.
+
+    With T steps, K = floor(kick_ratio * T) and W = ceil(warmup_ratio * T):
+    `kick` for t < K, a line from 0 to 1 over the next W steps, then `decay` from 1 to
+    `floor` at t = T. Warm-up and decay count as in transformers' schedules; the kick is
+    Kick-Settle's (arXiv 2605.14605, App. H). All numbers may be traced.
+    """
+
+    warmup_ratio: float = 0.0  # Share of the steps.
+    floor: float = 0.0  # Value at the last step, relative to the peak.
+    kick_ratio: float = 0.0  # Share of the steps; rho in the paper.
+    kick: float = 1.0  # Value during the kick, relative to the peak.
+    decay: str = struct.field(pytree_node=False, default="constant")
+
+    def table(self, steps: int) -> jax.Array:
+        """Values at t = 0 .. steps, float [steps + 1]; step t uses the entry t."""
+        t = jnp.arange(steps + 1.0)
+        kicked = jnp.floor(self.kick_ratio * steps + _ROUNDING)
+        warmup = jnp.ceil(self.warmup_ratio * steps - _ROUNDING)
+        start = kicked + warmup
+        progress = jnp.clip((t - start) / jnp.maximum(steps - start, 1), 0, 1)
+        shape = {
+            "constant": jnp.ones_like(progress),
+            "linear": 1 - progress,
+            "cosine": 0.5 * (1 + jnp.cos(jnp.pi * progress)),
+        }[self.decay]
+        # A constant schedule stays at its peak: the floor is where a decay ends.
+        settled = (
+            shape
+            if self.decay == "constant"
+            else (self.floor + (1 - self.floor) * shape)
+        )
+        rising = (t - kicked) / jnp.maximum(warmup, 1)
+        value = jnp.where(t < start, rising, settled)
+        return jnp.where(t < kicked, self.kick, value)

@@ -1,0 +1,1 @@
+"""From parameters and tokens to logits and hidden states."""

@@ -1,0 +1,1 @@
+"""Runs one Method: the loop, its checkpoints, and the pipelines of stages."""
