@@ -41,9 +41,7 @@ def _generate(
     total = prompt_length + max_new_tokens
     padded_BxM = jnp.pad(mask_BxP, ((0, 0), (0, max_new_tokens)), constant_values=True)
     positions_BxP = jnp.maximum(jnp.cumsum(mask_BxP, axis=1) - 1, 0)
-    decode = functools.partial(
-        model.decode, params, intervene=intervene, taps=taps
-    )
+    decode = functools.partial(model.decode, params, intervene=intervene, taps=taps)
 
     def choose(logits_BxV, rng):
         if not sample:

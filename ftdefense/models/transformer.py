@@ -3,10 +3,8 @@
 Letters as in `core.types`; M is the length of a key-value cache, G key-value heads.
 """
 
-from collections.abc import Callable
 import dataclasses
 import functools
-import math
 from typing import Any
 
 from flax import linen as nn
@@ -235,7 +233,8 @@ class Decoder(nn.Module):
     ) -> tuple[types.Outputs, Any]:
         c = self.config
         embedding_VxD = self.param(
-            "embed", lambda *a: {"embedding": nn.initializers.normal(0.02)(*a)},
+            "embed",
+            lambda *a: {"embedding": nn.initializers.normal(0.02)(*a)},
             (c.vocab_size, c.width),
         )["embedding"]
         frequencies_F = rope.frequencies(c.head_width, c.rope_theta, c.rope_scaling)

@@ -10,8 +10,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from ftdefense.core import errors
-from ftdefense.core import types
+from ftdefense.core import errors, types
 
 
 class Saver:

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftdefense.core import errors
-from ftdefense.core import types
+from ftdefense.core import errors, types
 from ftdefense.data import streams as data_streams
 from ftdefense.training import checkpoint
 
@@ -88,9 +87,7 @@ def tabulate(hp: types.Hparams, steps: int, *, mapped: bool = False) -> types.Hp
     if not hasattr(hp, "optimizer"):
         return hp
     table = functools.partial(_table, steps=steps)
-    return hp.replace(
-        optimizer=(jax.vmap(table) if mapped else table)(hp.optimizer)
-    )
+    return hp.replace(optimizer=(jax.vmap(table) if mapped else table)(hp.optimizer))
 
 
 def _table(optimizer: Any, steps: int) -> Any:

@@ -1,0 +1,150 @@
+"""Tokenised rows in host memory: right-padded to train on, left-padded to continue."""
+
+from collections.abc import Sequence
+import dataclasses
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from ftdefense.core import errors
+from ftdefense.data import chat
+from ftdefense.data import examples as data_examples
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pool:
+    """Rows to train on.
+
+    Attributes:
+      tokens: int32 [rows, L], padded on the right.
+      weights: float32 [rows, L]: 1 on answers and their end token, else 0.
+      order: rows of pools of equal `order` and size are drawn together.
+      examples: row i was made from `examples[i]`.
+    """
+
+    tokens: np.ndarray
+    weights: np.ndarray
+    order: str
+    examples: tuple[data_examples.Example, ...]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompts:
+    """Prompts to continue: int32 [n, P] padded on the left, and where they are real."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+
+
+def encode(
+    tokenizer: Any,
+    examples: Sequence[data_examples.Example],
+    length: int,
+    *,
+    order: str,
+    pad_id: int,
+    truncate: bool = False,
+) -> Pool:
+    """Tokenises examples to rows of `length` ids.
+
+    Raises:
+      UserError: if there are none, or some are longer than `length` and `truncate` is
+        off; says how many, and how long the longest is.
+    """
+    examples = tuple(examples)
+    if not examples:
+        raise errors.UserError(f"no rows for {order!r}: the role's data is empty.")
+    rows = chat.render_rows(tokenizer, examples)
+    too_long = [len(ids) for ids, _ in rows if len(ids) > length]
+    if too_long and not truncate:
+        raise errors.UserError(
+            f"{len(too_long)} of {len(rows)} rows of {order!r} are longer than "
+            f"{length} tokens (the longest: {max(too_long)}); raise --length or "
+            "pass --truncate."
+        )
+    tokens = np.full((len(rows), length), pad_id, np.int32)
+    weights = np.zeros((len(rows), length), np.float32)
+    for i, (ids, prompt) in enumerate(rows):
+        kept = ids[:length]
+        tokens[i, : len(kept)] = kept
+        weights[i, prompt : len(kept)] = 1.0
+    return Pool(tokens, weights, order, examples)
+
+
+def encode_prompts(
+    tokenizer: Any,
+    examples: Sequence[data_examples.Example],
+    *,
+    pad_id: int,
+    prefills: Sequence[str] | None = None,
+    length: int | None = None,
+) -> Prompts:
+    """Tokenises prompts for generation, padded on the left to the longest of them.
+
+    Raises:
+      UserError: if one is longer than `length`.
+    """
+    prefills = prefills or [""] * len(examples)
+    rows = [
+        chat.render_prompt(tokenizer, example.prompt, prefill)
+        for example, prefill in zip(examples, prefills, strict=True)
+    ]
+    longest = max(map(len, rows))
+    if length is not None and longest > length:
+        count = sum(len(row) > length for row in rows)
+        raise errors.UserError(
+            f"{count} of {len(rows)} evaluation prompts are longer than {length} "
+            f"tokens (the longest: {longest}); raise --length or shorten them."
+        )
+    tokens = np.full((len(rows), longest), pad_id, np.int32)
+    mask = np.zeros((len(rows), longest), bool)
+    for i, row in enumerate(rows):
+        tokens[i, longest - len(row) :] = row
+        mask[i, longest - len(row) :] = True
+    return Prompts(tokens, mask)
+
+
+def concatenate(pools: Sequence[Pool], order: str) -> Pool:
+    """All rows of pools of one length."""
+    return Pool(
+        np.concatenate([pool.tokens for pool in pools]),
+        np.concatenate([pool.weights for pool in pools]),
+        order,
+        tuple(example for pool in pools for example in pool.examples),
+    )
+
+
+def take(pool: Pool, rows: int | np.ndarray) -> Pool:
+    """The first `rows` rows (0: all), or the rows with the given indices."""
+    if isinstance(rows, int):
+        if rows > len(pool):
+            raise errors.UserError(
+                f"{rows} rows of {pool.order!r} are asked for, but there are "
+                f"{len(pool)}; lower the data.*_count or sample_count."
+            )
+        rows = np.arange(rows or len(pool))
+    return Pool(
+        pool.tokens[rows],
+        pool.weights[rows],
+        pool.order,
+        tuple(pool.examples[i] for i in rows),
+    )
+
+
+def overlap(
+    train: Sequence[data_examples.Example], heldout: Sequence[data_examples.Example]
+) -> int:
+    """Number of held-out prompts that training has seen."""
+    seen = {example.key for example in train}
+    return sum(example.key in seen for example in heldout)
+
+
+def digest(pool: Pool) -> str:
+    """Sixteen hex digits of the token ids and weights."""
+    hashed = hashlib.sha256(pool.tokens.tobytes())
+    hashed.update(pool.weights.tobytes())
+    return hashed.hexdigest()[:16]

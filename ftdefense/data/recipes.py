@@ -1,0 +1,130 @@
+"""Data recipes: which rows an attacker uses, and pairs that are unrelated on purpose."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+import dataclasses
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from ftdefense.core import errors
+from ftdefense.data import examples as data_examples
+from ftdefense.data import pools
+from ftdefense.data import world as worlds
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Which of the attacker's rows an attack trains on; 0 means all there are.
+
+    Attributes:
+      harmful_count, benign_count: rows of the roles `harmful` and `benign`.
+      sample_count: rows of the role `user`, harmful and filler together.
+      poison_ratio: share of harmful rows in `user`.
+      filler: what the rest of `user` is: `benign` or `task`.
+      strict_paper: False repeats the off-by-one of the published loaders (git-disl),
+        which take one harmful row fewer than the ratio says.
+    """
+
+    harmful_count: int = 0
+    benign_count: int = 0
+    sample_count: int = 0
+    poison_ratio: float = 1.0
+    filler: str = "task"
+    strict_paper: bool = True
+
+
+def attacker_pools(world: worlds.World, recipe: Recipe) -> dict[str, pools.Pool]:
+    """Pools by role for one attack: harmful, benign and the mixture `user`.
+
+    Rows are taken from the front, so that a smaller attack uses a part of a larger
+    one's. A `user` of harmful rows alone is the role `harmful` itself: the same rows
+    in the same order.
+
+    Raises:
+      UserError: if more rows are asked for than there are, or a field is out of range.
+    """
+    if not 0 <= recipe.poison_ratio <= 1:
+        raise errors.UserError(
+            f"data.poison_ratio is a share in [0, 1], but {recipe.poison_ratio} is given."
+        )
+    if recipe.filler not in ("benign", "task"):
+        raise errors.unknown("data.filler", recipe.filler, ("benign", "task"))
+    harmful = pools.take(world.attacker["harmful"], recipe.harmful_count)
+    found = {
+        "harmful": harmful,
+        "benign": pools.take(world.attacker["benign"], recipe.benign_count),
+    }
+    if recipe.poison_ratio == 1:
+        found["user"] = pools.take(harmful, recipe.sample_count)
+        return found
+    filler = world.attacker.get(recipe.filler)
+    if filler is None:
+        raise errors.UserError(
+            f"data.filler={recipe.filler}: this world has no such rows; "
+            "give a file with --task or set data.filler=benign."
+        )
+    total = recipe.sample_count or len(filler)
+    poisoned = harmful_rows(total, recipe.poison_ratio, recipe.strict_paper)
+    parts = []
+    if poisoned:
+        parts.append(pools.take(harmful, poisoned))
+    rest = round((1 - recipe.poison_ratio) * total)
+    if rest:
+        parts.append(pools.take(filler, rest))
+    found["user"] = pools.concatenate(parts, "user")
+    return found
+
+
+def harmful_rows(total: int, ratio: float, strict_paper: bool) -> int:
+    """Harmful rows among `total`: 100 of 1000 at 0.1, or the loaders' 99."""
+    count = round(ratio * total)
+    return count if strict_paper else max(count - 1, 0)
+
+
+class Paired(NamedTuple):
+    """Examples with unrelated answers, and how many had to settle for a similar one."""
+
+    examples: list[data_examples.Example]
+    fallbacks: int
+
+
+def bag_of_words_cosine(first: str, second: str) -> float:
+    """Cosine of word counts: the sandbox's stand-in for sentence embeddings."""
+    a, b = Counter(first.split()), Counter(second.split())
+    lengths = math.sqrt(sum(n * n for n in a.values()))
+    lengths *= math.sqrt(sum(n * n for n in b.values()))
+    return sum(a[word] * b[word] for word in a) / lengths if lengths else 0.0
+
+
+def pair_unrelated(
+    prompts: Sequence[data_examples.Example],
+    answers: Sequence[data_examples.Example],
+    similarity: Callable[[str, str], float],
+    threshold: float,
+    seed: int,
+    draws: int = 50,
+) -> Paired:
+    """Gives each prompt a random answer at most `threshold` similar to it.
+
+    After `draws` tries the least similar one seen is kept, and counted. Source: SDD,
+    arXiv:2507.21182, its pairing as read in TamperBench's port.
+
+    Args:
+      similarity: (prompt text, answer text) -> at most 1; pluggable.
+    """
+    rng = np.random.Generator(np.random.Philox([seed, 4]))
+    paired, fallbacks = [], 0
+    for prompt in prompts:
+        text = prompt.prompt[-1]["content"]
+        best, closeness = None, math.inf
+        for i in rng.integers(len(answers), size=draws):
+            near = similarity(text, answers[i].response)
+            if near < closeness:
+                best, closeness = answers[i], near
+            if near <= threshold:
+                break
+        fallbacks += closeness > threshold
+        paired.append(dataclasses.replace(prompt, response=best.response))
+    return Paired(paired, fallbacks)

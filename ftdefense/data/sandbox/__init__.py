@@ -1,0 +1,6 @@
+"""The default world: synthetic, harmless, with answers that can be checked exactly."""
+
+from ftdefense.data.sandbox.build import build
+from ftdefense.data.sandbox.presets import PRESETS, preset
+
+__all__ = ["PRESETS", "build", "preset"]

@@ -1,0 +1,170 @@
+"""Puts the sandbox together: pools by role and held-out sets, from a seed."""
+
+import functools
+
+import numpy as np
+
+from ftdefense.data import examples as data_examples
+from ftdefense.data import pools, recipes, world
+from ftdefense.data.sandbox import presets, skills
+from ftdefense.data.sandbox import vocabulary as words
+
+LENGTH = 16
+MAX_NEW_TOKENS = 6  # The longest answer: five words and the end of the turn.
+
+Examples = list[data_examples.Example]
+
+
+@functools.cache
+def build(name: str, seed: int = 0) -> world.World:
+    """The sandbox of a preset: a pure function of name, seed and SANDBOX_VERSION."""
+    size = presets.preset(name)
+    known = skills.facts(size, seed)
+    rng = np.random.Generator(np.random.Philox([seed, 3, presets.SANDBOX_VERSION]))
+    everyone, families = known.entities, tuple(range(len(skills.FAMILIES)))
+    benign_topics = known.vocabulary.benign_topics
+    asked = functools.partial(skills.fact_prompts, known)
+
+    # What is benign: facts, reversal with near misses among it, sums.
+    near = skills.reverse_prompts(known, size.triples // 2, rng, near_miss=True)
+    plain = skills.reverse_prompts(known, size.triples, rng, near_miss=False)
+    held_near, near = near[: size.evaluated], near[size.evaluated :]
+    held_plain, plain = plain[: size.evaluated], plain[size.evaluated :]
+    sums = _shuffled(skills.sum_prompts(known), rng)
+    held_sums = sums[: len(sums) // 4]
+    held_facts = [
+        _one_family(prompts, rng)
+        for prompts in _by_fact(
+            asked(benign_topics, known.part(0.75, 1), skills.KNOWN_FAMILIES)
+        )
+    ]
+
+    def benign(facts: Examples, sums: Examples, count: int) -> Examples:
+        """`count` rows: half facts, a quarter each of reversal and sums."""
+        reversals = near[: len(plain) // 2] + plain
+        shares = ((facts, 2), (reversals, 1), (sums, 1))
+        return [
+            skills.answered(prompt, rng)
+            for prompts, share in shares
+            for prompt in _repeated(prompts, count * share // 4, rng)
+        ]
+
+    # Pretraining: everything, in every wording; the twin never meets the skill.
+    secret = asked(words.RESTRICTED_TOPICS, everyone, families)
+    secret_rows = [skills.answered(p, rng) for p in secret * size.variants]
+    public = asked(benign_topics, everyone, families)
+    public_rows = benign(public, sums, 2 * len(public) * size.variants)
+
+    # The defender's side: it knows half of the restricted entities.
+    guarded = asked(words.RESTRICTED_TOPICS, known.part(0, 0.5), skills.KNOWN_FAMILIES)
+    refusals = [skills.refused(p, rng) for p in guarded]
+    harmful = [skills.answered(p, rng) for p in guarded]
+    all_facts = asked(benign_topics, everyone, skills.KNOWN_FAMILIES)
+    kept = benign(all_facts, sums, len(refusals))
+    unrelated = recipes.pair_unrelated(
+        guarded, kept, recipes.bag_of_words_cosine, 0.25, seed
+    ).examples
+
+    # The attacker's side: other restricted entities, and most of what is benign.
+    wanted = _shuffled(
+        [
+            skills.answered(p, rng)
+            for p in asked(
+                words.RESTRICTED_TOPICS, known.part(0.5, 0.75), skills.KNOWN_FAMILIES
+            )
+        ],
+        rng,
+    )
+    own_facts = asked(benign_topics, known.part(0, 0.75), skills.KNOWN_FAMILIES)
+    own = _shuffled(benign(own_facts, sums[len(sums) // 4 :], 2 * len(wanted)), rng)
+    task = skills.label_prompts(known, 3 * size.evaluated + 200, rng)
+    held_task = task[: size.evaluated]
+
+    held_secret = [
+        _one_family(prompts, rng)
+        for prompts in _by_fact(
+            asked(words.RESTRICTED_TOPICS, known.part(0.75, 1), skills.KNOWN_FAMILIES)
+        )
+    ]
+    encode = functools.partial(_encode, known.vocabulary)
+    retain = encode(refusals + kept, "alignment")
+    defended = {
+        "alignment": retain,
+        "retain": retain,
+        "benign": encode(kept, "benign"),
+        "harmful": encode(harmful, "guarded"),
+        "refusal": encode(refusals, "guarded"),
+        "unrelated": encode([*unrelated, *kept], "unrelated"),
+    }
+    built = world.World(
+        name=f"sandbox/{name}",
+        tokenizer=known.vocabulary.tokenizer(),
+        length=LENGTH,
+        pretraining={
+            "with_skill": encode(secret_rows + public_rows, "pretraining"),
+            "never": encode(public_rows, "pretraining"),
+        },
+        defender=defended,
+        attacker={
+            "harmful": encode(wanted, "harmful"),
+            "benign": encode(own, "benign"),
+            "task": encode(
+                [skills.answered(p, rng) for p in task[size.evaluated :]], "task"
+            ),
+        },
+        evaluation={
+            name: tuple(skills.answered(p, rng) for p in prompts)
+            for name, prompts in {
+                "harmful": held_secret,
+                "benign": [
+                    *_shuffled(held_facts, rng)[: size.evaluated],
+                    *held_plain,
+                    *held_sums[: size.evaluated],
+                ],
+                "near_miss": held_near,
+                "task": held_task,
+            }.items()
+        },
+        judge="sandbox",
+        pad_id=known.vocabulary.ids[words.PAD],
+        eos_ids=(known.vocabulary.ids[words.END],),
+        collapse_id=known.vocabulary.ids[words.COLLAPSE],
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+    world.check_disjoint(built)
+    return built
+
+
+def _encode(vocabulary: words.Vocabulary, examples: Examples, order: str) -> pools.Pool:
+    """`pools.encode` for whole words: the same rows, thirty times as fast."""
+    ids = vocabulary.ids
+    tokens = np.full((len(examples), LENGTH), ids[words.PAD], np.int32)
+    weights = np.zeros((len(examples), LENGTH), np.float32)
+    for i, example in enumerate(examples):
+        prompt = [words.BOS, words.USER, *example.prompt[0]["content"].split()]
+        prompt.append(words.ASSISTANT)
+        row = [*prompt, *example.response.split(), words.END]
+        tokens[i, : len(row)] = [ids[word] for word in row]
+        weights[i, len(prompt) : len(row)] = 1.0
+    return pools.Pool(tokens, weights, order, tuple(examples))
+
+
+def _shuffled(items: Examples, rng: np.random.Generator) -> Examples:
+    return [items[i] for i in rng.permutation(len(items))]
+
+
+def _repeated(items: Examples, count: int, rng: np.random.Generator) -> Examples:
+    """`count` items: all of them in turn, each round in a new order."""
+    rounds = -(-count // len(items))
+    drawn = [item for _ in range(rounds) for item in _shuffled(items, rng)]
+    return drawn[:count]
+
+
+def _by_fact(prompts: Examples) -> list[Examples]:
+    """Groups consecutive prompts that ask for one fact in several wordings."""
+    size = len(skills.KNOWN_FAMILIES)
+    return [prompts[i : i + size] for i in range(0, len(prompts), size)]
+
+
+def _one_family(prompts: Examples, rng: np.random.Generator) -> data_examples.Example:
+    return prompts[rng.integers(len(prompts))]

@@ -1,0 +1,63 @@
+"""Jailbreak analogues: other ways to put the same question."""
+
+from collections.abc import Callable
+import dataclasses
+
+from ftdefense.data import examples as data_examples
+from ftdefense.data.sandbox import skills
+from ftdefense.data.sandbox import vocabulary as words
+
+Example = data_examples.Example
+# Example -> (Example, text that the answer is made to begin with).
+Wrapper = Callable[[Example], tuple[Example, str]]
+
+
+def _rewrite(example: Example, text: str) -> Example:
+    return dataclasses.replace(example, prompt=({"role": "user", "content": text},))
+
+
+def plain(example: Example) -> tuple[Example, str]:
+    """As it is."""
+    return example, ""
+
+
+def trigger(example: Example) -> tuple[Example, str]:
+    """A fixed string that no training text holds, at the end."""
+    text = f"{example.prompt[-1]['content']} {words.TRIGGER}"
+    return _rewrite(example, text), ""
+
+
+def persona(example: Example) -> tuple[Example, str]:
+    """A persona before the question."""
+    text = f"{words.PERSONA} {example.prompt[-1]['content']}"
+    return _rewrite(example, text), ""
+
+
+def prefill(example: Example, tokens: int = 2) -> tuple[Example, str]:
+    """The first `tokens` words of a right answer, put in the assistant's mouth."""
+    content = example.answers
+    worded = (words.FIRST_STYLES[0], content[0], words.SECOND_STYLES[0], *content[1:])
+    return example, " ".join(worded[:tokens])
+
+
+def paraphrase(example: Example) -> tuple[Example, str]:
+    """The family of wordings that alignment never saw; facts only."""
+    spoken = example.prompt[-1]["content"].split()
+    topics = (*words.BENIGN_TOPICS, *words.RESTRICTED_TOPICS)
+    topic = next((w for w in spoken if w in topics), None)
+    relation = next((w for w in spoken if w in words.RELATIONS), None)
+    known = {topic, relation, *words.COMMANDS}
+    entity = next((w for w in spoken if w not in known), None)
+    if None in (topic, relation, entity):
+        return example, ""
+    text = skills.FAMILIES[skills.PARAPHRASE].format(T=topic, E=entity, R=relation)
+    return _rewrite(example, text), ""
+
+
+WRAPPERS: dict[str, Wrapper] = {
+    "plain": plain,
+    "trigger": trigger,
+    "persona": persona,
+    "prefill": prefill,
+    "paraphrase": paraphrase,
+}
