@@ -69,7 +69,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x, dropout=0.0):
         kernel = self.param(
-            "kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features)
+            "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features)
         )
         y = x @ kernel.astype(self.dtype)
         if self.use_bias:
@@ -234,7 +234,7 @@ class Decoder(nn.Module):
         c = self.config
         embedding_VxD = self.param(
             "embed",
-            lambda *a: {"embedding": nn.initializers.normal(0.02)(*a)},
+            lambda *a: {"embedding": nn.initializers.normal(c.width**-0.5)(*a)},
             (c.vocab_size, c.width),
         )["embedding"]
         frequencies_F = rope.frequencies(c.head_width, c.rope_theta, c.rope_scaling)
@@ -277,7 +277,7 @@ class LanguageModel:
     config: ModelConfig
 
     def init(self, rng: types.Rng) -> types.Params:
-        """Random parameters: normal with deviation 0.02, norm scales one."""
+        """Random parameters: normal with deviation fan_in ** -0.5, norm scales one."""
         tokens_BxL = jnp.zeros((1, 2), jnp.int32)
         return Decoder(self.config).init(rng, tokens_BxL, tokens_BxL)["params"]
 
