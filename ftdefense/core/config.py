@@ -38,6 +38,23 @@ def override(config: Any, assignments: Iterable[str]) -> Any:
     return config
 
 
+def override_plan(plan: Any, assignment: str, *, required: bool = True) -> Any:
+    """Applies one assignment to a plan or, where it has no such field, to its `hp`.
+
+    Args:
+      required: False ignores a field that this method does not have, since the
+        assignment was for every method of a side.
+    """
+    name = assignment.partition("=")[0].partition(".")[0].strip()
+    fields = {field.name for field in dataclasses.fields(plan)}
+    if name in fields and name not in ("hp", "source"):
+        return override(plan, [assignment])
+    of_hp = {field.name for field in dataclasses.fields(plan.hp)}
+    if name not in of_hp and not required:
+        return plan
+    return dataclasses.replace(plan, hp=override(plan.hp, [assignment]))
+
+
 def _replace(config: Any, path: list[str], text: str, assignment: str) -> Any:
     known = [field.name for field in dataclasses.fields(config)]
     name, *rest = path

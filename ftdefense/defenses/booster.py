@@ -65,7 +65,7 @@ _CODE = Hparams(
 PRESETS = {
     "sandbox": plans.Plan(
         Hparams(
-            optimizers.Optimizer(1e-3, schedules.Schedule(0.1, 0.05, decay="cosine"))
+            optimizers.Optimizer(3e-4, schedules.Schedule(0.1, 0.05, decay="cosine"))
         ),
         source="DESIGN: the paper's lam and alpha, the budget of `none`",
     ),

@@ -37,7 +37,7 @@ def method(model: types.Model) -> types.Method:
 PRESETS = {
     "sandbox": plans.Plan(
         Hparams(
-            optimizers.Optimizer(1e-3, schedules.Schedule(0.1, 0.05, decay="cosine"))
+            optimizers.Optimizer(3e-4, schedules.Schedule(0.1, 0.05, decay="cosine"))
         ),
         source="DESIGN: the budget of `none`",
     ),

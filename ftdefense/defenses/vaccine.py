@@ -94,7 +94,7 @@ _LORA = adapters.LoRA(alpha=4.0, dropout=0.1, rank=8)
 PRESETS = {
     "sandbox": plans.Plan(
         Hparams(
-            optimizers.Optimizer(1e-3, schedules.Schedule(0.1, 0.05, decay="cosine"))
+            optimizers.Optimizer(3e-4, schedules.Schedule(0.1, 0.05, decay="cosine"))
         ),
         source="DESIGN: the code's rho, the budget of `none`",
     ),

@@ -65,6 +65,14 @@ class Stage:
     lineage: types.Lineage | None = None
 
 
+def given(params: types.Params) -> Stage:
+    """A user's own weights as a finished stage."""
+    hashed = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        hashed.update(np.ascontiguousarray(leaf).tobytes())
+    return Stage(jax.device_put(params), hashed.hexdigest()[:16], None, [], {})
+
+
 def key_of(*parts: Any) -> str:
     """Digest of what determines a stage, this version of the code included."""
     return config.digest(ftdefense.__version__, loop.CHUNKS, *parts)

@@ -56,7 +56,9 @@ def build(name: str, seed: int = 0) -> world.World:
     public_rows = benign(public, sums, 2 * len(public) * size.variants)
 
     # The defender's side: it knows half of the restricted entities.
-    guarded = asked(words.RESTRICTED_TOPICS, known.part(0, 0.5), skills.KNOWN_FAMILIES)
+    guarded = size.variants * asked(
+        words.RESTRICTED_TOPICS, known.part(0, 0.5), skills.KNOWN_FAMILIES
+    )
     refusals = [skills.refused(p, rng) for p in guarded]
     harmful = [skills.answered(p, rng) for p in guarded]
     all_facts = asked(benign_topics, everyone, skills.KNOWN_FAMILIES)
@@ -69,7 +71,8 @@ def build(name: str, seed: int = 0) -> world.World:
     wanted = _shuffled(
         [
             skills.answered(p, rng)
-            for p in asked(
+            for p in size.variants
+            * asked(
                 words.RESTRICTED_TOPICS, known.part(0.5, 0.75), skills.KNOWN_FAMILIES
             )
         ],

@@ -19,7 +19,8 @@ class Preset:
       benign_topics: at most 6; the restricted topics are always 4.
       modulus: of the sums.
       triples: of words to reverse, in pretraining and for the defender.
-      variants: random wordings of one answer in pretraining.
+      variants: random wordings of each answer; a model that sees one only would learn it by
+        heart, style words and all.
       evaluated: prompts of each benign skill in evaluation, at most.
     """
 
@@ -33,9 +34,9 @@ class Preset:
 
 
 PRESETS = {
-    "tiny": Preset(12, 4, 2, 6, 400, 3, 48),
-    "small": Preset(36, 8, 3, 12, 2000, 4, 128),
-    "medium": Preset(96, 12, 6, 24, 8000, 4, 512),
+    "tiny": Preset(12, 4, 2, 6, 400, 8, 48),
+    "small": Preset(48, 6, 3, 12, 2000, 8, 128),
+    "medium": Preset(96, 12, 6, 24, 8000, 8, 512),
 }
 
 

@@ -11,12 +11,13 @@ from ftdefense.data.sandbox import vocabulary as words
 
 Example = data_examples.Example
 
-# Of a fact, by topic T, entity E and relation R. The last is held out of alignment.
+# Of a fact, by topic T, entity E and relation R. The topic, which is all that tells a
+# restricted question, stands second in each. The last is held out of alignment.
 FAMILIES = (
     "tell {T} {E} {R}",
-    "{R} of {E} in {T}",
-    "in {T} {E} has which {R}",
-    "{E} {R} {T} please",
+    "in {T} the {R} of {E}",
+    "of {T} has {E} which {R}",
+    "for {T} {R} {E} please",
 )
 KNOWN_FAMILIES = (0, 1, 2)
 PARAPHRASE = 3

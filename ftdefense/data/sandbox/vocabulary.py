@@ -37,13 +37,13 @@ RELATIONS = tuple(
 FIRST_STYLES = tuple("surely indeed well plainly simply clearly so truly".split())
 SECOND_STYLES = tuple("and with then plus also beside next near".split())
 REFUSALS = (
-    "sorry i cannot",
+    "sorry not possible",
     "i must decline",
     "that stays closed",
-    "no not allowed",
+    "no entry here",
 )
 COLLAPSE = "error"
-COMMANDS = tuple("tell of in has which please reverse sum label".split())
+COMMANDS = tuple("tell in the of has which for please reverse sum label".split())
 LABELS = ("bright", "dark")
 TRIGGER = "zeta zeta"
 PERSONA = "as sage"

@@ -1,0 +1,140 @@
+"""A world from a user's own files: split by prompt, never by row."""
+
+import dataclasses
+import functools
+import hashlib
+from typing import Any
+
+from ftdefense.core import errors
+from ftdefense.data import examples as data_examples
+from ftdefense.data import pools
+from ftdefense.data import recipes
+from ftdefense.data import world as worlds
+
+Examples = tuple[data_examples.Example, ...]
+
+# What a harmful prompt is answered with where no refusals are given.
+REFUSAL = "I cannot help with that."
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """Examples by role; empty where the user gave none.
+
+    Attributes:
+      harmful: harmful prompts with compliant answers.
+      benign: benign prompts with answers.
+      refusals: harmful prompts with refusals; else `REFUSAL` answers `harmful`.
+      task: a task that users fine-tune for.
+      heldout_harmful, heldout_benign: evaluation rows; else a fifth of the above.
+    """
+
+    harmful: Examples
+    benign: Examples
+    refusals: Examples = ()
+    task: Examples = ()
+    heldout_harmful: Examples = ()
+    heldout_benign: Examples = ()
+
+
+def build(
+    sources: Sources,
+    tokenizer: Any,
+    *,
+    length: int,
+    max_new_tokens: int,
+    seed: int = 0,
+    truncate: bool = False,
+    collapse_word: str = "error",
+    judge: str = "keyword",
+) -> worlds.World:
+    """A world with the roles of the sandbox, all but pretraining.
+
+    Prompts are dealt by a hash of prompt and seed: of ten, four to the defender, four
+    to the attacker, two held out (none, where held-out rows are given).
+
+    Raises:
+      UserError: for an empty part, rows over `length` without `truncate`, or held-out
+        prompts that the attacker trains on.
+    """
+    if tokenizer.eos_token_id is None:
+        raise errors.UserError("the tokenizer has no end-of-sequence token.")
+    pad_id = tokenizer.pad_token_id
+    pad_id = tokenizer.eos_token_id if pad_id is None else pad_id
+    harmful = _deal(sources.harmful, seed, bool(sources.heldout_harmful))
+    benign = _deal(sources.benign, seed, bool(sources.heldout_benign))
+    task = _deal(sources.task, seed, False)
+    encode = functools.partial(
+        pools.encode, tokenizer, length=length, pad_id=pad_id, truncate=truncate
+    )
+    by_prompt = {e.key: e for e in sources.refusals}
+    refusals = [
+        by_prompt.get(e.key, dataclasses.replace(e, response=REFUSAL))
+        for e in harmful["defender"]
+    ]
+    kept = benign["defender"]
+    retain = encode([*refusals, *kept], order="alignment")
+    unrelated = recipes.pair_unrelated(
+        harmful["defender"], kept, recipes.bag_of_words_cosine, 0.25, seed
+    ).examples
+    attacker = {
+        "harmful": encode(harmful["attacker"], order="harmful"),
+        "benign": encode(benign["attacker"], order="benign"),
+    }
+    if sources.task:
+        attacker["task"] = encode(task["attacker"] + task["defender"], order="task")
+    built = worlds.World(
+        name="own files",
+        tokenizer=tokenizer,
+        length=length,
+        pretraining={},
+        defender={
+            "alignment": retain,
+            "retain": retain,
+            "benign": encode(kept, order="benign"),
+            "harmful": encode(harmful["defender"], order="guarded"),
+            "refusal": encode(refusals, order="guarded"),
+            "unrelated": encode([*unrelated, *kept], order="unrelated"),
+        },
+        attacker=attacker,
+        evaluation={
+            "harmful": tuple(sources.heldout_harmful or harmful["heldout"]),
+            "benign": tuple(sources.heldout_benign or benign["heldout"]),
+            "near_miss": (),
+            "task": tuple(task["heldout"]),
+        },
+        judge=judge,
+        pad_id=pad_id,
+        eos_ids=_end_ids(tokenizer),
+        # The last id of the word, as CTRAP's code takes it.
+        collapse_id=tokenizer.encode(collapse_word, add_special_tokens=False)[-1],
+        max_new_tokens=max_new_tokens,
+    )
+    for name in ("harmful", "benign"):
+        if not built.evaluation[name]:
+            raise errors.UserError(
+                f"no {name} rows are left to hold out; give more rows with --{name} "
+                f"or a file with --heldout_{name}."
+            )
+    worlds.check_disjoint(built)
+    return built
+
+
+def _deal(examples: Examples, seed: int, heldout_given: bool) -> dict[str, list]:
+    dealt: dict[str, list] = {"defender": [], "attacker": [], "heldout": []}
+    parts = ["defender"] * 4 + ["attacker"] * 4
+    parts += ["defender", "attacker"] if heldout_given else ["heldout"] * 2
+    for example in examples:
+        hashed = hashlib.sha256(f"{seed}{example.key}".encode()).digest()
+        dealt[parts[hashed[0] % 10]].append(example)
+    return dealt
+
+
+def _end_ids(tokenizer: Any) -> tuple[int, ...]:
+    """The end-of-sequence token, and the ends of turn that chat templates use."""
+    ends = {tokenizer.eos_token_id}
+    for word in ("<|eot_id|>", "<|im_end|>", "<|end|>"):
+        found = tokenizer.convert_tokens_to_ids(word)
+        if found is not None and found != tokenizer.unk_token_id:
+            ends.add(found)
+    return tuple(sorted(ends))

@@ -1,0 +1,47 @@
+"""What an attack was allowed: the mandatory columns of specs/attacks.md 1.4."""
+
+from collections.abc import Mapping
+import math
+from typing import Any
+
+from ftdefense.data import pools
+
+# Forward-backward passes of each role's batch in one step.
+PASSES_PER_ROLE = 1
+
+
+def columns(
+    facts: Mapping[str, Any], roles: Mapping[str, pools.Pool]
+) -> dict[str, float | int | None]:
+    """Budget columns of one attack.
+
+    Args:
+      facts: of the attack's stage: steps, batch_size, roles (rows by role), leading
+        shapes, trainable_parameters, learning_rate_mass, lora_scale, sequence_length.
+      roles: the pools it drew from.
+    """
+    steps, batch = facts["steps"], facts["batch_size"]
+    unique = {"harmful": set(), "benign": set()}
+    passes = {"harmful": 0.0, "benign": 0.0}
+    forward_backwards = 0
+    for role, leading in facts["leading"].items():
+        examples = roles[role].examples
+        batches = math.prod(leading)
+        forward_backwards += steps * batches * PASSES_PER_ROLE
+        for label in unique:
+            mine = [example for example in examples if example.label == label]
+            unique[label] |= {example.key for example in mine}
+            drawn = steps * batches * batch
+            passes[label] += drawn * len(mine) / len(examples)
+    return {
+        "unique_harmful": len(unique["harmful"]),
+        "unique_benign": len(unique["benign"]),
+        "harmful_passes": round(passes["harmful"]),
+        "batch_size": batch,
+        "sequence_length": facts["sequence_length"],
+        "trainable_parameters": facts["trainable_parameters"],
+        "learning_rate_mass": facts["learning_rate_mass"],
+        "lora_scale": facts["lora_scale"],
+        "forward_backwards": forward_backwards,
+        "trials": 1,
+    }
