@@ -12,10 +12,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ftdefense.core import errors
-from ftdefense.core import types
-from ftdefense.models import rope
-from ftdefense.models import transformer
+from ftdefense.core import errors, types
+from ftdefense.models import rope, transformer
 
 ARCHITECTURES = (
     "LlamaForCausalLM",

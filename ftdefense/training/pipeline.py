@@ -22,23 +22,13 @@ import jax
 import numpy as np
 
 import ftdefense
-from ftdefense.core import config
-from ftdefense.core import errors
-from ftdefense.core import registry
-from ftdefense.core import types
-from ftdefense.data import pools
-from ftdefense.data import recipes
+from ftdefense.core import config, errors, registry, types
+from ftdefense.data import pools, recipes
 from ftdefense.data import streams as data_streams
 from ftdefense.data import world as worlds
-from ftdefense.methods import lift
-from ftdefense.methods import optimizers
-from ftdefense.methods import plans
-from ftdefense.methods import schedules
+from ftdefense.methods import lift, optimizers, plans, schedules
 from ftdefense.models import transformer
-from ftdefense.training import budgets
-from ftdefense.training import checkpoint
-from ftdefense.training import loop
-from ftdefense.training import progress
+from ftdefense.training import budgets, checkpoint, loop, progress
 
 # Scores parameters part-way through a stage; returns JSON-able columns.
 Observer = Callable[[types.Params], dict[str, float]]

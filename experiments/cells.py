@@ -1,0 +1,136 @@
+"""One cell of the table: a defense under an attack at a seed, as result rows."""
+
+from collections.abc import Sequence
+import dataclasses
+from typing import Any
+
+from ftdefense.core import types
+from ftdefense.data import recipes
+from ftdefense.evaluation import budget, checks, success, suite
+from ftdefense.methods import plans
+from ftdefense.training import pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """A method with its plan, under the name that results carry."""
+
+    reference: str
+    name: str
+    plan: plans.Plan
+
+
+class Cells:
+    """Runs cells on one bench; a defense is trained and scored once per seed."""
+
+    def __init__(self, bench: pipeline.Bench, *, threat: str = "open_weight"):
+        """`threat`: open_weight or service (see `training.pipeline`)."""
+        self.bench, self.threat = bench, threat
+        self._whole = suite.Evaluator(bench.model, bench.world)
+        self._part = suite.Evaluator(
+            bench.model, bench.world, limit=bench.defaults.watched
+        )
+        self.generations: list[dict[str, Any]] = []
+
+    def defend(self, defense: Chosen, seed: int) -> tuple[pipeline.Stage, dict]:
+        """The release, and its row before any attack."""
+        stage = self.bench.defended(defense.name, defense.plan, seed)
+        row = {
+            "defense": defense.reference,
+            "attack": "",
+            "seed": seed,
+            "stage": "before",
+            "step": 0,
+            **self._score(stage, defense.reference, "", seed),
+        }
+        return stage, row
+
+    def attack(
+        self, release: pipeline.Stage, before: dict, attack: Chosen, seed: int
+    ) -> list[dict]:
+        """Rows along an attack, and the one after it."""
+
+        def observe(params: types.Params) -> dict[str, float]:
+            return self._part(types.Release(params)).row()
+
+        watched = {"observe": observe, "observer_key": len(self._part)}
+        if self.threat == "service":
+            provider = self.bench.plan("attacks", "sft")
+            stage = self.bench.served(
+                provider, attack.plan.data, release, seed, **watched
+            )
+        else:
+            stage = self.bench.attacked(
+                attack.name, attack.plan, release, seed, **watched
+            )
+        common = {
+            "defense": before["defense"],
+            "attack": attack.reference,
+            "seed": seed,
+        }
+        during = [
+            {**common, "stage": "during", **_renamed(entry)} for entry in stage.log
+        ]
+        scores = self._score(stage, before["defense"], attack.reference, seed)
+        last = {"step": stage.facts["steps"], **scores}
+        # Checkpoints are judged on a part of the prompts, the end on all of them.
+        verdict = success.columns([*during[:-1], last], before["capability"])
+        best = max(
+            [*during[:-1], last],
+            key=lambda row: (
+                success.useful(
+                    row["capability"], before["capability"], success.HEADLINE
+                ),
+                row["harmful_score"],
+            ),
+        )
+        pools = recipes.attacker_pools(self.bench.world, attack.plan.data)
+        after = {
+            **common,
+            "stage": "after",
+            **last,
+            "steps": stage.facts["steps"],
+            "delta_harmful_score": scores["harmful_score"] - before["harmful_score"],
+            "delta_capability": scores["capability"] - before["capability"],
+            **verdict,
+            "best_step": best["step"],
+            **budget.columns(stage.facts, pools),
+        }
+        return [*during, after]
+
+    def _score(
+        self, stage: pipeline.Stage, defense: str, attack: str, seed: int
+    ) -> dict[str, Any]:
+        scores = self._whole(types.Release(stage.params), keep_generations=True)
+        self.generations += [
+            {
+                "defense": defense,
+                "attack": attack,
+                "seed": seed,
+                **dataclasses.asdict(generation),
+            }
+            for generation in scores.generations
+        ]
+        return scores.row()
+
+
+def flagged(rows: Sequence[dict]) -> list[dict]:
+    """The rows with the names of the checks that they failed."""
+    return [
+        {**row, "flags": ",".join(checks.flags(rows, row))}
+        if row["stage"] != "during"
+        else row
+        for row in rows
+    ]
+
+
+def _renamed(entry: dict[str, Any]) -> dict[str, Any]:
+    """Training metrics get a prefix, so that they hide no evaluation column."""
+    return {
+        (f"train/{name}" if "/" in name and not _evaluated(name) else name): value
+        for name, value in entry.items()
+    }
+
+
+def _evaluated(name: str) -> bool:
+    return name.partition("/")[0] in ("capability", "harmful_score")

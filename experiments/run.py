@@ -1,0 +1,134 @@
+"""Defend, attack, judge, report: one or several cells of defense x attack x seed.
+
+  python experiments/run.py --workdir=runs/first
+
+trains `none`, `vaccine`, `booster` and `ctrap` on the sandbox, attacks each with `sft`,
+`sidestepper` and `kick_settle`, prints a table and writes report.html beside it.
+Repeating the command resumes what was interrupted and reads what is finished.
+"""
+
+import json
+import sys
+
+from absl import flags
+import cells
+import jax
+import report
+import settings
+import tqdm
+
+from ftdefense.core import config
+from ftdefense.evaluation import checks
+from ftdefense.reporting import events, manifest, tables
+from ftdefense.reporting import rows as result_rows
+from ftdefense.training import checkpoint
+
+FLAGS = flags.FLAGS
+flags.DEFINE_list(
+    "defense",
+    ["none", "vaccine", "booster", "ctrap"],
+    "Defenses: a name, name:preset or file.py, comma-separated; or all.",
+)
+flags.DEFINE_list(
+    "attack",
+    ["sft", "sidestepper", "kick_settle"],
+    "Attacks, likewise; sft:NAME is the naive recipe published with defense NAME.",
+)
+flags.DEFINE_enum(
+    "threat",
+    "open_weight",
+    ["open_weight", "service"],
+    "open_weight: the attacker trains the release. service: the provider trains it on "
+    "the attacker's rows; of an attack only its data counts.",
+)
+
+
+def main() -> None:
+    workdir = settings.workdir()
+    seeds = settings.seeds()
+    defenses = settings.references("defenses", FLAGS.defense)
+    attacks = settings.references("attacks", FLAGS.attack)
+    bench = settings.bench()
+    chosen = {
+        package: [cells.Chosen(r, *settings.plan(bench, package, r)) for r in asked]
+        for package, asked in (("defenses", defenses), ("attacks", attacks))
+    }
+    hashes = bench.world.hashes()
+    settings.claim(
+        workdir,
+        {
+            "model": config.to_dict(bench.model.config),
+            "weights": FLAGS.model,
+            "data": hashes,
+            "threat": FLAGS.threat,
+            "seeds": seeds,
+            **{
+                package: {c.reference: config.to_dict(c.plan) for c in methods}
+                for package, methods in chosen.items()
+            },
+        },
+    )
+    runner = cells.Cells(bench, threat=FLAGS.threat)
+    rows = run(runner, chosen["defenses"], chosen["attacks"], seeds)
+    write(workdir, rows, runner.generations)
+    checkpoint.write_json(
+        workdir / "manifest.json",
+        manifest.build(
+            sys.argv,
+            [str(device) for device in jax.devices()],
+            hashes,
+            f"{bench.world.name}, {FLAGS.threat}, seeds {','.join(map(str, seeds))}",
+        ),
+    )
+    print(tables.text(tables.final(rows)))
+    raised = sorted({flag for row in rows for flag in tables.flags(row)})
+    for flag in raised:
+        print(f"  {flag}: {checks.REASONS[flag]}")
+    print(f"\n{report.write(workdir)}")
+
+
+def run(
+    runner: cells.Cells,
+    defenses: list[cells.Chosen],
+    attacks: list[cells.Chosen],
+    seeds: list[int],
+) -> list[dict]:
+    """Rows of every cell, with their flags."""
+    total = len(seeds) * len(defenses) * (1 + len(attacks))
+    rows: list[dict] = []
+    with tqdm.tqdm(
+        total=total, desc="stages", disable=not sys.stderr.isatty(), position=1
+    ) as bar:
+        for seed in seeds:
+            for defense in defenses:
+                release, before = runner.defend(defense, seed)
+                rows.append(before)
+                bar.update()
+                for attack in attacks:
+                    rows += runner.attack(release, before, attack, seed)
+                    bar.update()
+    return cells.flagged(rows)
+
+
+def write(workdir, rows: list[dict], generations: list[dict]) -> None:
+    """results.jsonl and .csv, generations.jsonl, TensorBoard files if asked for."""
+    result_rows.write(workdir / "results.jsonl", rows)
+    lines = (json.dumps(generation, sort_keys=True) for generation in generations)
+    result_rows.write_text(workdir / "generations.jsonl", "\n".join(lines) + "\n")
+    if FLAGS.tensorboard:
+        for defense, attack, seed in {
+            (r["defense"], r["attack"], r["seed"]) for r in rows if r["attack"]
+        }:
+            along = [
+                row
+                for row in rows
+                if (row["defense"], row["attack"], row["seed"])
+                == (defense, attack, seed)
+                and row["stage"] == "during"
+            ]
+            name = f"{defense}-{attack}-s{seed}".replace(":", "_")
+            events.write(workdir / "tensorboard" / name, along)
+
+
+if __name__ == "__main__":
+    settings.run(main)

@@ -1,0 +1,238 @@
+"""Flags that every script shares, and what they stand for: world, model, plans."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import json
+import pathlib
+import sys
+from typing import Any
+
+from absl import app, flags, logging
+
+from ftdefense.core import config, errors, registry
+from ftdefense.data import chat, files, own, sandbox
+from ftdefense.methods import plans
+from ftdefense.models import huggingface
+from ftdefense.training import budgets, checkpoint, pipeline
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string("workdir", None, "Folder for results and finished stages.")
+flags.DEFINE_string("preset", "small", "Sandbox size: tiny, small or medium.")
+flags.DEFINE_integer("world_seed", 0, "Seed of the sandbox and its pretraining.")
+flags.DEFINE_list("seeds", ["0"], "Seeds of defense and attack, comma-separated.")
+flags.DEFINE_multi_string(
+    "set",
+    [],
+    "Override a field: defense.alpha=0.2, attack.optimizer.learning_rate=1e-4, "
+    "attack.steps=400, attack.adapter=lora, attack.data.harmful_count=100, or for one "
+    "method only sidestepper.lam=3. May be repeated.",
+)
+flags.DEFINE_string(
+    "model", None, "Hugging Face folder (config.json, safetensors); else the sandbox."
+)
+flags.DEFINE_enum(
+    "model_stage",
+    "pretrained",
+    ["pretrained", "aligned"],
+    "What --model holds: pretrained weights are aligned first, by the defense `none`.",
+)
+flags.DEFINE_string("pretrained", None, "Folder before alignment, where LoX needs it.")
+flags.DEFINE_string(
+    "harmful", None, "Harmful pairs: JSONL, parquet or `datasets` name."
+)
+flags.DEFINE_string("benign", None, "Benign pairs, likewise.")
+flags.DEFINE_string("refusals", None, "Harmful prompts with refusals, likewise.")
+flags.DEFINE_string("task", None, "A task that users fine-tune for, likewise.")
+flags.DEFINE_string("heldout_harmful", None, "Harmful pairs to evaluate on, likewise.")
+flags.DEFINE_string("heldout_benign", None, "Benign pairs to evaluate on, likewise.")
+flags.DEFINE_integer("length", 256, "Tokens of a training row (with --model).")
+flags.DEFINE_integer("max_new_tokens", 64, "Tokens of an answer (with --model).")
+flags.DEFINE_bool("truncate", False, "Cut rows that are longer than --length.")
+flags.DEFINE_string("chat_template", None, "Jinja file, if the tokenizer has none.")
+flags.DEFINE_string("collapse_word", "error", "Word that CTRAP collapses to.")
+flags.DEFINE_enum(
+    "compute_dtype", "float32", ["float32", "bfloat16"], "Of matrix products."
+)
+flags.DEFINE_bool("remat", False, "Recompute layers in the backward pass.")
+flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard event files.")
+
+_OWN = {
+    "harmful": "harmful",
+    "benign": "benign",
+    "refusals": "harmful",
+    "task": "benign",
+    "heldout_harmful": "harmful",
+    "heldout_benign": "benign",
+}
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Runs `main` under absl; a user's error is one line and exit status 2."""
+    logging.set_verbosity(logging.ERROR)  # Orbax tells of every save otherwise.
+
+    def fail(error: Exception) -> None:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+    def guarded(argv: Sequence[str]) -> None:
+        if len(argv) > 1:
+            fail(ValueError(f"unexpected argument {argv[1]!r}; see --help."))
+        try:
+            main()
+        except errors.UserError as error:
+            fail(error)
+
+    def parse(argv: Sequence[str]) -> Sequence[str]:
+        try:
+            return FLAGS(argv)
+        except flags.Error as error:
+            return fail(error)
+
+    app.define_help_flags()
+    app.run(guarded, flags_parser=parse)
+
+
+def workdir() -> pathlib.Path:
+    """--workdir, which has no default: results never land by surprise."""
+    if not FLAGS.workdir:
+        raise errors.UserError("--workdir is missing: name a folder for the results.")
+    return pathlib.Path(FLAGS.workdir)
+
+
+def seeds() -> list[int]:
+    """--seeds as numbers."""
+    try:
+        return [int(seed) for seed in FLAGS.seeds]
+    except ValueError as error:
+        raise errors.UserError(
+            f"--seeds={','.join(FLAGS.seeds)}: whole numbers are expected, as 0,1,2."
+        ) from error
+
+
+def claim(folder: pathlib.Path, resolved: dict[str, Any]) -> None:
+    """Writes config.json, or checks that the folder is of the same configuration.
+
+    Raises:
+      UserError: naming the first difference; nothing is overwritten.
+    """
+    path = folder / "config.json"
+    resolved = json.loads(json.dumps(resolved))
+    if not path.is_file():
+        if folder.exists() and any(folder.iterdir()):
+            raise errors.UserError(
+                f"--workdir={folder} is not empty and holds no config.json; "
+                "choose another."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(path, resolved)
+        return
+    there = json.loads(path.read_text())
+    for name in sorted({*there, *resolved}):
+        if there.get(name) != resolved.get(name):
+            raise errors.UserError(
+                f"--workdir={folder} holds another configuration ({name}: "
+                f"{_brief(there.get(name))} there, {_brief(resolved.get(name))} now); "
+                "choose another --workdir."
+            )
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+def bench() -> pipeline.Bench:
+    """World, model and stage runner that the flags describe."""
+    if FLAGS.model is not None:
+        return _own_bench()
+    for name in (*_OWN, "pretrained"):
+        if FLAGS[name].value is not None:
+            raise errors.UserError(f"--{name} goes with --model=FOLDER; add it.")
+    world = sandbox.build(FLAGS.preset, FLAGS.world_seed)
+    model = budgets.model(FLAGS.preset, len(world.tokenizer))
+    shape = dataclasses.replace(
+        model.config, compute_dtype=FLAGS.compute_dtype, remat=FLAGS.remat
+    )
+    return pipeline.Bench(
+        world,
+        dataclasses.replace(model, config=shape),
+        workdir(),
+        budgets.preset(FLAGS.preset),
+        world_seed=FLAGS.world_seed,
+    )
+
+
+def _own_bench() -> pipeline.Bench:
+    for name in ("harmful", "benign"):
+        if FLAGS[name].value is None:
+            raise errors.UserError(
+                f"--model needs --{name} as well: a JSONL or parquet file, or a "
+                "`datasets` name."
+            )
+    tokenizer = chat.load_tokenizer(FLAGS.model, FLAGS.chat_template)
+    sources = {
+        name: files.read(FLAGS[name].value, label=label)
+        for name, label in _OWN.items()
+        if FLAGS[name].value is not None
+    }
+    world = own.build(
+        own.Sources(**sources),
+        tokenizer,
+        length=FLAGS.length,
+        max_new_tokens=FLAGS.max_new_tokens,
+        seed=FLAGS.world_seed,
+        truncate=FLAGS.truncate,
+        collapse_word=FLAGS.collapse_word,
+    )
+    numerics = {"compute_dtype": FLAGS.compute_dtype, "remat": FLAGS.remat}
+    model, params = huggingface.load(FLAGS.model, **numerics)
+    if len(tokenizer) > model.config.vocab_size:
+        raise errors.UserError(
+            f"{FLAGS.model}: the tokenizer has {len(tokenizer)} tokens, the model "
+            f"only {model.config.vocab_size}; they do not belong together."
+        )
+    given = pipeline.given(params)
+    aligned = FLAGS.model_stage == "aligned"
+    pretrained = None if aligned else given
+    if FLAGS.pretrained is not None:
+        pretrained = pipeline.given(huggingface.load(FLAGS.pretrained)[1])
+    return pipeline.Bench(
+        world,
+        model,
+        workdir(),
+        budgets.OWN_MODEL,
+        pretrained=pretrained,
+        aligned=given if aligned else None,
+        world_seed=FLAGS.world_seed,
+    )
+
+
+def references(package: str, asked: Sequence[str]) -> list[str]:
+    """`name` or `name:preset` of each; `all` stands for every method of the package."""
+    if list(asked) == ["all"]:
+        return registry.names(package)
+    for reference in asked:
+        registry.load(package, reference.partition(":")[0])
+    return list(dict.fromkeys(asked))
+
+
+def plan(
+    runner: pipeline.Bench, package: str, reference: str
+) -> tuple[str, plans.Plan]:
+    """(method name, plan) of `name` or `name:preset`, with the --set overrides."""
+    name, _, preset = reference.partition(":")
+    chosen = runner.plan(package, name, preset or None)
+    side = package.removesuffix("s")
+    known = {"defense", "attack"}
+    known |= {*registry.names("defenses"), *registry.names("attacks")}
+    for assignment in FLAGS.set:
+        target, _, rest = assignment.partition(".")
+        if target not in known or not rest:
+            raise errors.UserError(
+                f"--set={assignment}: it begins with defense., attack. or a method's "
+                f"name; {errors.unknown('method', target, known)}"
+            )
+        if target in (side, name):
+            chosen = config.override_plan(chosen, rest, required=target == name)
+    return name, chosen
