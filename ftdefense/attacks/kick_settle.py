@@ -28,8 +28,8 @@ def schedule(kick: float = 75.0, kick_ratio: float = 0.05) -> schedules.Schedule
 
 PRESETS = {
     "sandbox": plans.Plan(
-        Hparams(optimizers.Optimizer(1e-4, schedule())),
-        source="DESIGN: as sft, with the paper's kick",
+        Hparams(optimizers.Optimizer(1e-5, schedule())),
+        source="DESIGN: the paper's kick on a peak that leaves `none` useful",
     ),
     "paper": plans.Plan(
         Hparams(

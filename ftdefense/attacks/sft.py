@@ -58,7 +58,7 @@ _LORA_ATTENTION = adapters.LoRA(
 PRESETS = {
     "sandbox": plans.Plan(
         Hparams(optimizers.Optimizer(1e-4, schedules.Schedule(0.1, decay="cosine"))),
-        source="DESIGN: the lowest learning rate that breaks `none`; BUILD_NOTES.md",
+        source="DESIGN: the best of a learning-rate sweep on `none`; BUILD_NOTES.md",
     ),
     "booster": _published(1e-5, 5, 20, 1000, 0.1, _LORA_ATTENTION),
     "ctrap": _published(1e-5, 10, 20, 500, 0.1, _LORA_ATTENTION),

@@ -181,3 +181,30 @@ def _draw_curves(axis, along, defense, attacks, name) -> None:
                 )
     if name == "harmful_score":
         axis.axhline(0.5, color="#777777", linewidth=0.8, linestyle=":")
+
+
+def sweep(
+    rows: Sequence[Row], field: str, before: Row, path: pathlib.Path
+) -> pathlib.Path:
+    """Harmful score and capability against one swept field; dots are seeds."""
+    values = list(dict.fromkeys(row[field] for row in rows))
+    with plt.rc_context(_STYLE):
+        figure, axis = plt.subplots(figsize=(6, 3.6))
+        for color, name, label in (
+            (PALETTE[1], "harmful_score", "harmful score"),
+            (PALETTE[0], "capability", "capability"),
+        ):
+            groups = [
+                [r[name] for r in rows if r[field] == value and name in r]
+                for value in values
+            ]
+            means = [statistics.fmean(g) if g else math.nan for g in groups]
+            axis.plot(range(len(values)), means, color=color, label=label)
+            for i, group in enumerate(groups):
+                axis.plot([i] * len(group), group, "o", color=color, alpha=0.5, ms=4)
+            axis.axhline(before[name], color=color, linewidth=0.9, linestyle=":")
+        axis.set_xticks(range(len(values)), values)
+        axis.set_xlabel(field)
+        axis.set_ylim(-0.03, 1.03)
+        axis.legend(frameon=False, title="dotted: before the attack")
+        return _save(figure, path)

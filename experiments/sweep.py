@@ -1,0 +1,127 @@
+"""A sweep of one cell: settings x seeds of an attack, vmapped in one program.
+
+  python experiments/sweep.py --workdir=runs/sweep --defense=booster --attack=sft \\
+      --sweep=optimizer.learning_rate=1e-5,3e-5,1e-4,3e-4 --seeds=0,1,2
+
+The defense is trained once, at the first seed. Prints a table, and writes sweep.jsonl,
+sweep.csv and, for one swept field, sweep.png.
+"""
+
+import itertools
+import math
+
+from absl import flags
+
+from ftdefense.core import config
+from ftdefense.core import errors
+from ftdefense.core import types
+from ftdefense.evaluation import success
+from ftdefense.evaluation import suite
+from ftdefense.methods import plans
+from ftdefense.reporting import plots
+from ftdefense.reporting import rows as result_rows
+from ftdefense.reporting import tables
+from ftdefense.training import sweep
+import settings
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("defense", "none", "One defense: name, name:preset or file.py.")
+flags.DEFINE_string("attack", "sft", "One attack, likewise.")
+flags.DEFINE_multi_string(
+    "sweep",
+    ["optimizer.learning_rate=1e-5,3e-5,1e-4,3e-4,1e-3"],
+    "Field of the attack and its values, comma-separated; repeated: their product.",
+)
+
+
+def settings_of(plan: plans.Plan, swept: list[str]) -> list[tuple[dict, plans.Plan]]:
+    """({field: value}, plan) for every combination of swept values."""
+    axes = []
+    for assignment in swept:
+        field, equals, values = assignment.partition("=")
+        if not equals or not values:
+            raise errors.UserError(
+                f"--sweep={assignment}: expected field=value,value,..., as lam=0.3,1,3"
+            )
+        axes.append([(field, value) for value in values.split(",")])
+    found = []
+    for combination in itertools.product(*axes):
+        changed = plan
+        for field, value in combination:
+            changed = config.override_plan(changed, f"{field}={value}")
+        found.append((dict(combination), changed))
+    return found
+
+
+def main() -> None:
+    workdir, seeds = settings.workdir(), settings.seeds()
+    bench = settings.bench()
+    defense, defense_plan = settings.plan(bench, "defenses", FLAGS.defense)
+    attack, attack_plan = settings.plan(bench, "attacks", FLAGS.attack)
+    chosen = settings_of(attack_plan, FLAGS.sweep)
+    settings.claim(
+        workdir,
+        {
+            "sweep": FLAGS.sweep,
+            "seeds": seeds,
+            "data": bench.world.hashes(),
+            "defense": [FLAGS.defense, config.to_dict(defense_plan)],
+            "attack": [FLAGS.attack, config.to_dict(attack_plan)],
+        },
+    )
+    release = bench.defended(defense, defense_plan, seeds[0])
+    members = [sweep.Member(plan, seed) for _, plan in chosen for seed in seeds]
+    values = [value for value, _ in chosen for _ in seeds]
+    outcomes = sweep.attack(bench, attack, members, release)
+    evaluate = suite.Evaluator(bench.model, bench.world)
+    before = evaluate(types.Release(release.params)).row()
+    rows = []
+    for i, (value, member, outcome) in enumerate(
+        zip(values, members, outcomes, strict=True)
+    ):
+        row = {
+            "defense": FLAGS.defense,
+            "attack": FLAGS.attack,
+            "seed": member.seed,
+            "stage": "after",
+            "step": i,
+            **value,
+            "diverged": outcome.diverged,
+        }
+        if not outcome.diverged:
+            scores = evaluate(types.Release(outcome.params)).row()
+            row |= scores | success.columns([scores], before["capability"])
+        rows.append(row)
+    result_rows.write(workdir / "sweep.jsonl", rows)
+    print(tables.text(_table(rows, before)))
+    if len(FLAGS.sweep) == 1:
+        field = FLAGS.sweep[0].partition("=")[0]
+        print(plots.sweep(rows, field, before, workdir / "sweep.png"))
+
+
+def _table(rows: list[dict], before: dict) -> tables.Table:
+    """One line per member, and the release first."""
+    fields = [sweep_flag.partition("=")[0] for sweep_flag in FLAGS.sweep]
+    header = [*fields, "seed", "HS", "capability", "refusal", "verdict"]
+
+    def shown(row: dict, name: str) -> str:
+        value = row.get(name, math.nan)
+        return f"{value:.3f}" if value == value else "diverged"
+
+    metrics = ("harmful_score", "capability", "refusal")
+    body = [["(before)"] + [""] * len(fields) + [shown(before, m) for m in metrics]]
+    body[0].append("")
+    for row in rows:
+        body.append(
+            [
+                *(str(row[field]) for field in fields),
+                str(row["seed"]),
+                *(shown(row, m) for m in metrics),
+                row.get("verdict", ""),
+            ]
+        )
+    return header, body
+
+
+if __name__ == "__main__":
+    settings.run(main)

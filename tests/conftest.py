@@ -1,0 +1,57 @@
+"""What every test runs under: CPU, strict ranks, tiny batches."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+import pytest
+
+from ftdefense.core import types
+from ftdefense.models import toy, transformer
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def batch(seed: int, rows: int = 4, length: int = 6, vocab: int = 11) -> types.Batch:
+    """Random tokens; the first two are the prompt, the last is padding."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, vocab, (rows, length)).astype(np.int32)
+    weights = np.ones((rows, length), np.float32)
+    weights[:, :2] = 0
+    weights[:, -1] = 0
+    return types.Batch(tokens, weights)
+
+
+@pytest.fixture
+def make_batch():
+    return batch
+
+
+@pytest.fixture(scope="session")
+def toy_model():
+    return toy.Toy()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama():
+    """Two layers, grouped queries; parameters far from their initialisation."""
+    model = transformer.LanguageModel(
+        transformer.ModelConfig(
+            vocab_size=29,
+            width=16,
+            layers=2,
+            heads=4,
+            kv_heads=2,
+            mlp_width=24,
+            max_length=32,
+        )
+    )
+    params = model.init(jax.random.key(0))
+    noise = jax.random.split(jax.random.key(1), len(jax.tree.leaves(params)))
+    leaves = [
+        leaf + 0.1 * jax.random.normal(key, leaf.shape)
+        for leaf, key in zip(jax.tree.leaves(params), noise, strict=True)
+    ]
+    return model, jax.tree.unflatten(jax.tree.structure(params), leaves)

@@ -1,0 +1,184 @@
+"""What is promised of every method, found by its file name."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ftdefense.core import cards, registry, tree, types
+from ftdefense.methods import adapters
+from ftdefense.models import toy
+from ftdefense.training import loop
+
+from .conftest import batch
+
+MODEL = toy.Toy()
+STEPS = 3
+METHODS = [
+    (package, name)
+    for package in ("attacks", "defenses")
+    for name in registry.names(package)
+]
+everyone = pytest.mark.parametrize(("package", "name"), METHODS)
+
+
+def lineage() -> types.Lineage:
+    pretrained, moved = (MODEL.init(jax.random.key(i)) for i in range(2))
+    aligned = tree.add_scale(pretrained, 0.1, moved)
+    return types.Lineage(aligned, aligned, pretrained)
+
+
+def hparams(package, name, **changes):
+    hp = registry.load(package, name).PRESETS["sandbox"].hp
+    return dataclasses.replace(hp, **changes) if changes else hp
+
+
+def batches(method, hp, steps=STEPS, rows=4):
+    found = {}
+    for i, (role, leading) in enumerate(method.streams(hp).items()):
+        count = steps * math.prod(leading)
+        parts = [batch(100 * i + j, rows) for j in range(count)]
+        stacked = jax.tree.map(lambda *x: np.stack(x), *parts)
+        found[role] = jax.tree.map(
+            lambda x, s=(steps, *leading): x.reshape(*s, *x.shape[1:]), stacked
+        )
+    return found
+
+
+def run(method, hp, rng, given=None, mapped=False, origin=None):
+    origin = origin or lineage()
+    state = loop.init(method, origin, hp, rng, STEPS, mapped=mapped)
+    given = given or batches(method, hp)
+    if not given:
+        return state, {}
+    return loop.run_chunk(method.step, mapped, state, origin, given, rng, jnp.int32(0))
+
+
+@everyone
+def test_scan_equals_loop(package, name):
+    """Catches a step that reads anything but its arguments (a counter, a global key)."""
+    method, hp = registry.method(package, name, MODEL), hparams(package, name)
+    given, rng, origin = batches(method, hp), jax.random.key(3), lineage()
+    scanned, _ = run(method, hp, rng)
+    state = loop.init(method, origin, hp, rng, STEPS)
+    step = jax.jit(method.step)
+    for i in range(STEPS if given else 0):
+        one = jax.tree.map(lambda x, i=i: x[i], given)
+        state, _ = step(state, origin, one, jax.random.fold_in(rng, i))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6),
+        scanned.params,
+        state.params,
+    )
+
+
+@everyone
+def test_vmap_over_seeds_and_numbers_equals_single_runs(package, name):
+    """Catches a `float(hp.x)` or an `if hp.x` that a traced number cannot pass."""
+    method, hp = registry.method(package, name, MODEL), hparams(package, name)
+    settings = [hp, jax.tree.map(lambda x: x * 0.5 if x > 1 else x, hp)]
+    rngs = jax.random.split(jax.random.key(3), 2)
+    given = batches(method, hp)
+    stacked = jax.tree.map(lambda *x: jnp.stack([jnp.asarray(v) for v in x]), *settings)
+    twice = jax.tree.map(lambda x: np.stack([x, x]), given)
+    together, _ = run(method, stacked, rngs, twice, mapped=True)
+    for i, setting in enumerate(settings):
+        alone, _ = run(method, setting, rngs[i], given)
+        jax.tree.map(
+            lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-5),
+            together.params,
+            alone.params,
+        )
+
+
+@everyone
+def test_numbers_change_without_compiling(package, name):
+    """Catches a numeric field marked static, or a schedule baked into the program."""
+    method, hp = registry.method(package, name, MODEL), hparams(package, name)
+    run(method, hp, jax.random.key(0))
+    before = loop.run_chunk._cache_size()
+    other = jax.tree.map(lambda x: x * 0.7 if isinstance(x, float) else x, hp)
+    run(method, other, jax.random.key(1))
+    assert loop.run_chunk._cache_size() == before
+
+
+@everyone
+def test_keeps_structure_and_dtypes_in_bfloat16(package, name):
+    """Catches `params + hp.alpha * grads` without a cast: float32 in a bf16 carry."""
+    method, hp = registry.method(package, name, MODEL), hparams(package, name)
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), lineage())
+    given = jax.tree.map(lambda x: x[0], batches(method, hp))
+    hp = jax.tree.map(jnp.asarray, loop.tabulate(hp, STEPS))
+    state = jax.eval_shape(method.init, low, hp, jax.random.key(0))
+    after, metrics = jax.eval_shape(method.step, state, low, given, jax.random.key(0))
+    same = jax.tree.map(
+        lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, after
+    )
+    assert all(jax.tree.leaves(same))
+    assert all(metric.shape == () for metric in metrics.values())
+
+
+@everyone
+def test_release_has_the_shapes_of_the_model(package, name):
+    """Catches a release of adapter factors, or of a stacked axis."""
+    method = registry.method(package, name, MODEL)
+    hp = hparams(package, name)
+    kinds = [hp]
+    if hasattr(hp, "adapter"):
+        kinds.append(hp.replace(adapter=adapters.LoRA(rank=2, targets=("up", "down"))))
+    for kind in kinds:
+        state, _ = run(method, kind, jax.random.key(0))
+        release = method.release(state, lineage())
+        jax.tree.map(
+            lambda a, b: np.testing.assert_equal(a.shape, b.shape),
+            release.params,
+            lineage().current,
+        )
+
+
+@everyone
+def test_lora_leaves_the_base_alone(package, name):
+    """Catches an adapter that forgets to stop at its targets."""
+    hp = hparams(package, name)
+    if not hasattr(hp, "adapter"):
+        return  # A weight edit has none.
+    hp = hp.replace(adapter=adapters.LoRA(rank=2, targets=("up",)))
+    method = registry.method(package, name, MODEL)
+    state, _ = run(method, hp, jax.random.key(0))
+    release, base = method.release(state, lineage()).params, lineage().current
+    np.testing.assert_array_equal(
+        release["layers"]["mix"]["down"]["kernel"],
+        base["layers"]["mix"]["down"]["kernel"],
+    )
+    assert np.any(
+        release["layers"]["mix"]["up"]["kernel"]
+        != base["layers"]["mix"]["up"]["kernel"]
+    )
+
+
+@everyone
+def test_docstring_has_the_header(package, name):
+    """Catches a method that does not say its source, its null or its cost."""
+    card = cards.card(registry.load(package, name))
+    wanted = {
+        "Name",
+        "Summary",
+        "Minimises",
+        "Source",
+        "Evidence",
+        "Reduces to",
+        "Cost",
+    }
+    wanted |= {"Threat"} if package == "attacks" else {"Stage", "Template", "Strategy"}
+    assert not [field for field in wanted if not card.get(field)]
+
+
+@everyone
+def test_presets_say_their_source(package, name):
+    """Catches a preset whose numbers come from nowhere."""
+    presets = registry.load(package, name).PRESETS
+    assert "sandbox" in presets
+    assert all(plan.source for plan in presets.values())
