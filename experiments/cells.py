@@ -6,7 +6,10 @@ from typing import Any
 
 from ftdefense.core import types
 from ftdefense.data import recipes
-from ftdefense.evaluation import budget, checks, success, suite
+from ftdefense.evaluation import budget
+from ftdefense.evaluation import checks
+from ftdefense.evaluation import success
+from ftdefense.evaluation import suite
 from ftdefense.methods import plans
 from ftdefense.training import pipeline
 

@@ -10,8 +10,10 @@ import settings
 
 from ftdefense.core import errors
 from ftdefense.evaluation import checks
-from ftdefense.reporting import page, plots, tables
+from ftdefense.reporting import page
+from ftdefense.reporting import plots
 from ftdefense.reporting import rows as result_rows
+from ftdefense.reporting import tables
 
 
 def write(workdir: pathlib.Path) -> pathlib.Path:

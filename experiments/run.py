@@ -19,8 +19,10 @@ import tqdm
 
 from ftdefense.core import config
 from ftdefense.evaluation import checks
-from ftdefense.reporting import events, manifest, tables
+from ftdefense.reporting import events
+from ftdefense.reporting import manifest
 from ftdefense.reporting import rows as result_rows
+from ftdefense.reporting import tables
 from ftdefense.training import checkpoint
 
 FLAGS = flags.FLAGS

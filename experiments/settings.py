@@ -1,19 +1,29 @@
 """Flags that every script shares, and what they stand for: world, model, plans."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 import json
 import pathlib
 import sys
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app
+from absl import flags
+from absl import logging
 
-from ftdefense.core import config, errors, registry
-from ftdefense.data import chat, files, own, sandbox
+from ftdefense.core import config
+from ftdefense.core import errors
+from ftdefense.core import registry
+from ftdefense.data import chat
+from ftdefense.data import files
+from ftdefense.data import own
+from ftdefense.data import sandbox
 from ftdefense.methods import plans
 from ftdefense.models import huggingface
-from ftdefense.training import budgets, checkpoint, pipeline
+from ftdefense.training import budgets
+from ftdefense.training import checkpoint
+from ftdefense.training import pipeline
 
 FLAGS = flags.FLAGS
 

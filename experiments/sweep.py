@@ -11,6 +11,7 @@ import itertools
 import math
 
 from absl import flags
+import settings
 
 from ftdefense.core import config
 from ftdefense.core import errors
@@ -22,7 +23,6 @@ from ftdefense.reporting import plots
 from ftdefense.reporting import rows as result_rows
 from ftdefense.reporting import tables
 from ftdefense.training import sweep
-import settings
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("defense", "none", "One defense: name, name:preset or file.py.")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from ftdefense.core import types
-from ftdefense.models import toy, transformer
+from ftdefense.models import toy
+from ftdefense.models import transformer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftdefense.core import cards, registry, tree, types
+from ftdefense.core import cards
+from ftdefense.core import registry
+from ftdefense.core import tree
+from ftdefense.core import types
 from ftdefense.methods import adapters
 from ftdefense.models import toy
 from ftdefense.training import loop

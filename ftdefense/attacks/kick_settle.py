@@ -13,7 +13,10 @@ Cost         1 forward, 1 backward.
 
 from ftdefense.attacks import sft
 from ftdefense.data import recipes
-from ftdefense.methods import adapters, optimizers, plans, schedules
+from ftdefense.methods import adapters
+from ftdefense.methods import optimizers
+from ftdefense.methods import plans
+from ftdefense.methods import schedules
 
 Hparams = sft.Hparams
 method = sft.method  # The same functions: one compilation serves both.

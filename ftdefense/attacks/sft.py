@@ -10,11 +10,17 @@ Reduces to   nothing simpler: it is what the others reduce to.
 Cost         1 forward, 1 backward.
 """
 
+from typing import Any
+
 from flax import struct
 
 from ftdefense.core import types
 from ftdefense.data import recipes
-from ftdefense.methods import adapters, lift, optimizers, plans, schedules
+from ftdefense.methods import adapters
+from ftdefense.methods import lift
+from ftdefense.methods import optimizers
+from ftdefense.methods import plans
+from ftdefense.methods import schedules
 
 
 @struct.dataclass
@@ -26,13 +32,16 @@ def method(model: types.Model) -> types.Method:
     return lift.supervised(model, "user")
 
 
+_FULL = adapters.Full()
+
+
 def _published(
     learning_rate: float,
     batch_size: int,
     epochs: float,
     samples: int,
     poison_ratio: float,
-    adapter=adapters.Full(),
+    adapter: Any = _FULL,
     weight_decay: float = 0.1,
     steps: int = 0,
     note: str = "",

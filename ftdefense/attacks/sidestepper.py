@@ -13,9 +13,14 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from ftdefense.core import tree, types
+from ftdefense.core import tree
+from ftdefense.core import types
 from ftdefense.data import recipes
-from ftdefense.methods import adapters, lift, optimizers, plans, schedules
+from ftdefense.methods import adapters
+from ftdefense.methods import lift
+from ftdefense.methods import optimizers
+from ftdefense.methods import plans
+from ftdefense.methods import schedules
 
 
 @struct.dataclass

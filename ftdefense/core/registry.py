@@ -7,7 +7,8 @@ import pathlib
 import pkgutil
 import types as python_types
 
-from ftdefense.core import errors, types
+from ftdefense.core import errors
+from ftdefense.core import types
 
 
 def names(package: str) -> list[str]:

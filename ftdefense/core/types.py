@@ -4,8 +4,11 @@ Shape letters: B examples, L tokens, V vocabulary, D width, N layers, R LoRA ran
 K inner steps, T trajectories, S seeds x settings.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
+from typing import NamedTuple
+from typing import Protocol
 
 from flax import struct
 import jax

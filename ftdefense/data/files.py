@@ -1,6 +1,7 @@
 """Examples from a user's files: JSONL, parquet, or anything that `datasets` loads."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from collections.abc import Mapping
 import json
 import pathlib
 from typing import Any

@@ -7,7 +7,8 @@ from typing import Any
 
 from ftdefense.core import errors
 from ftdefense.data import examples as data_examples
-from ftdefense.data import pools, recipes
+from ftdefense.data import pools
+from ftdefense.data import recipes
 from ftdefense.data import world as worlds
 
 Examples = tuple[data_examples.Example, ...]

@@ -1,7 +1,8 @@
 """Data recipes: which rows an attacker uses, and pairs that are unrelated on purpose."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 import math
 from typing import NamedTuple

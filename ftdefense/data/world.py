@@ -4,9 +4,11 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
-from ftdefense.core import config, errors
-from ftdefense.data import chat, pools
+from ftdefense.core import config
+from ftdefense.core import errors
+from ftdefense.data import chat
 from ftdefense.data import examples as data_examples
+from ftdefense.data import pools
 
 Examples = tuple[data_examples.Example, ...]
 

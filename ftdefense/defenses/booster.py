@@ -19,8 +19,13 @@ from flax import struct
 import jax
 import optax
 
-from ftdefense.core import tree, types
-from ftdefense.methods import adapters, lift, optimizers, plans, schedules
+from ftdefense.core import tree
+from ftdefense.core import types
+from ftdefense.methods import adapters
+from ftdefense.methods import lift
+from ftdefense.methods import optimizers
+from ftdefense.methods import plans
+from ftdefense.methods import schedules
 
 
 @struct.dataclass
@@ -65,9 +70,10 @@ _CODE = Hparams(
 PRESETS = {
     "sandbox": plans.Plan(
         Hparams(
-            optimizers.Optimizer(3e-4, schedules.Schedule(0.1, 0.05, decay="cosine"))
+            optimizers.Optimizer(3e-4, schedules.Schedule(0.1, 0.05, decay="cosine")),
+            lam=1.0,
         ),
-        source="DESIGN: the paper's lam and alpha, the budget of `none`",
+        source="DESIGN: lam by its naive attack; BUILD_NOTES.md, Sandbox presets",
     ),
     "code": plans.Plan(
         _CODE,

@@ -20,8 +20,13 @@ Cost         3 forwards, 3 backwards; 4 with `second_order`.
 from flax import struct
 import jax
 
-from ftdefense.core import tree, types
-from ftdefense.methods import adapters, lift, optimizers, plans, schedules
+from ftdefense.core import tree
+from ftdefense.core import types
+from ftdefense.methods import adapters
+from ftdefense.methods import lift
+from ftdefense.methods import optimizers
+from ftdefense.methods import plans
+from ftdefense.methods import schedules
 from ftdefense.objectives import losses
 
 
@@ -102,9 +107,10 @@ _CODE = Hparams(
 PRESETS = {
     "sandbox": plans.Plan(
         Hparams(
-            optimizers.Optimizer(3e-4, schedules.Schedule(0.1, 0.05, decay="cosine"))
+            optimizers.Optimizer(3e-4, schedules.Schedule(0.1, 0.05, decay="cosine")),
+            lam=0.3,
         ),
-        source="DESIGN: the code's lam and alpha, the budget of `none`",
+        source="DESIGN: lam by its naive attack; BUILD_NOTES.md, Sandbox presets",
     ),
     "code": plans.Plan(
         _CODE, batch_size=10, epochs=20, source="clearloveclearlove/CTRAP bb0f07e"

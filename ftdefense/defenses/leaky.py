@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from ftdefense.core import types
-from ftdefense.methods import lift, plans
+from ftdefense.methods import lift
+from ftdefense.methods import plans
 
 STARTS_FROM = "aligned"
 

@@ -19,8 +19,12 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from ftdefense.core import errors, tree, types
-from ftdefense.methods import lift, optimizers, plans
+from ftdefense.core import errors
+from ftdefense.core import tree
+from ftdefense.core import types
+from ftdefense.methods import lift
+from ftdefense.methods import optimizers
+from ftdefense.methods import plans
 
 STARTS_FROM = "aligned"
 

@@ -13,7 +13,11 @@ Cost         1 forward, 1 backward.
 from flax import struct
 
 from ftdefense.core import types
-from ftdefense.methods import adapters, lift, optimizers, plans, schedules
+from ftdefense.methods import adapters
+from ftdefense.methods import lift
+from ftdefense.methods import optimizers
+from ftdefense.methods import plans
+from ftdefense.methods import schedules
 
 
 @struct.dataclass

@@ -21,8 +21,13 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from ftdefense.core import tree, types
-from ftdefense.methods import adapters, lift, optimizers, plans, schedules
+from ftdefense.core import tree
+from ftdefense.core import types
+from ftdefense.methods import adapters
+from ftdefense.methods import lift
+from ftdefense.methods import optimizers
+from ftdefense.methods import plans
+from ftdefense.methods import schedules
 
 SITES = ("attn", "resid")  # The code's; the residual after each block.
 
@@ -55,7 +60,8 @@ def shift_at(site: str) -> types.Intervention:
 def shift_gradient(ctx, params, batch, rng, site: str) -> tuple[jax.Array, jax.Array]:
     """Loss, and its gradient [N, B, L, D] with respect to a zero shift at `site`."""
     hidden = jax.eval_shape(ctx.model, params, batch.tokens).hidden[site]
-    zeros_NxBxLxD = jnp.zeros(hidden.shape, jnp.float32)
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    zeros_NxBxLxD = jnp.zeros(hidden.shape, wide)
 
     def loss(shift_NxBxLxD):
         return ctx.loss(
@@ -94,9 +100,10 @@ _LORA = adapters.LoRA(alpha=4.0, dropout=0.1, rank=8)
 PRESETS = {
     "sandbox": plans.Plan(
         Hparams(
-            optimizers.Optimizer(3e-4, schedules.Schedule(0.1, 0.05, decay="cosine"))
+            optimizers.Optimizer(3e-4, schedules.Schedule(0.1, 0.05, decay="cosine")),
+            rho=10.0,
         ),
-        source="DESIGN: the code's rho, the budget of `none`",
+        source="DESIGN: rho by its naive attack; BUILD_NOTES.md, Sandbox presets",
     ),
     "code": plans.Plan(
         Hparams(optimizers.Optimizer(1e-3, _COSINE, weight_decay=0.1), _LORA),

@@ -1,6 +1,7 @@
 """Reasons not to believe a row, in the manner of AutoAttack's checks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 Row = Mapping[str, Any]

@@ -1,6 +1,7 @@
 """When an attack has succeeded: specs/attacks.md 1.3 (after TamperBench's constraint)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from collections.abc import Mapping
 import math
 
 EPSILONS = (0.05, 0.10, 0.20, math.inf)

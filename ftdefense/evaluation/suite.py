@@ -1,6 +1,7 @@
 """Runs a release over the held-out sets: generations, verdicts, rates and losses."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -12,8 +13,10 @@ from ftdefense.core import types
 from ftdefense.data import examples as data_examples
 from ftdefense.data import pools
 from ftdefense.data import world as worlds
-from ftdefense.evaluation import criteria, intervals
-from ftdefense.models import generate, transformer
+from ftdefense.evaluation import criteria
+from ftdefense.evaluation import intervals
+from ftdefense.models import generate
+from ftdefense.models import transformer
 from ftdefense.objectives import losses
 
 # A rewritten prompt and the text that its answer is made to begin with.

@@ -8,7 +8,9 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from ftdefense.core import errors, tree, types
+from ftdefense.core import errors
+from ftdefense.core import tree
+from ftdefense.core import types
 
 ATTENTION = ("q", "k", "v")
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")

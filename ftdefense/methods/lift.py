@@ -1,6 +1,7 @@
 """Lifts the small function that a paper describes to a `Method`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from collections.abc import Mapping
 import functools
 from typing import Any
 
@@ -8,8 +9,10 @@ from flax import struct
 import jax
 import optax
 
-from ftdefense.core import tree, types
-from ftdefense.methods import adapters, optimizers
+from ftdefense.core import tree
+from ftdefense.core import types
+from ftdefense.methods import adapters
+from ftdefense.methods import optimizers
 from ftdefense.objectives import losses
 
 Direction = Callable[

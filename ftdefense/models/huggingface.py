@@ -1,6 +1,7 @@
 """Reads and writes Hugging Face folders: config.json and safetensors."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from collections.abc import Mapping
 import dataclasses
 import json
 import os
@@ -12,8 +13,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ftdefense.core import errors, types
-from ftdefense.models import rope, transformer
+from ftdefense.core import errors
+from ftdefense.core import types
+from ftdefense.models import rope
+from ftdefense.models import transformer
 
 ARCHITECTURES = (
     "LlamaForCausalLM",

@@ -59,6 +59,11 @@ class ModelConfig:
         return self.head_dim or self.width // self.heads
 
 
+def _row(vector: jax.Array, like: jax.Array) -> jax.Array:
+    """A vector as the last axis of an array of the rank of `like`."""
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
 class Linear(nn.Module):
     """`x W (+ bias) (+ (dropout(x) A) B)`; A and B where `lora` holds them."""
 
@@ -74,7 +79,7 @@ class Linear(nn.Module):
         y = x @ kernel.astype(self.dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            y = y + bias.astype(self.dtype)
+            y = y + _row(bias.astype(self.dtype), y)
         if self.has_variable("lora", "a"):
             a = self.get_variable("lora", "a").astype(self.dtype)
             b = self.get_variable("lora", "b").astype(self.dtype)
@@ -97,7 +102,8 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         wide = x.astype(jnp.float32)
         variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        return (wide * jax.lax.rsqrt(variance + self.epsilon) * scale).astype(x.dtype)
+        normed = wide * jax.lax.rsqrt(variance + self.epsilon)
+        return (normed * _row(scale, x)).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +244,8 @@ class Decoder(nn.Module):
             (c.vocab_size, c.width),
         )["embedding"]
         frequencies_F = rope.frequencies(c.head_width, c.rope_theta, c.rope_scaling)
-        angles_BxLxF = positions_BxL[..., None].astype(jnp.float32) * frequencies_F
+        positions = positions_BxL[..., None].astype(jnp.float32)
+        angles_BxLxF = positions * frequencies_F[None, None]
         shared = Shared(angles_BxLxF, mask_BxLxM, index, dropout, intervene)
 
         x_BxLxD = embedding_VxD[tokens_BxL].astype(c.compute_dtype)
@@ -327,9 +334,10 @@ class LanguageModel:
         `mask_BxLxM` says which cache entries each token sees, itself included.
         """
         if self.config.sliding_window is not None:
-            mask_BxLxM = mask_BxLxM & _window(
+            near_LxM = _window(
                 index, tokens_BxL.shape[1], mask_BxLxM, self.config.sliding_window
             )
+            mask_BxLxM = mask_BxLxM & near_LxM[None]
         outputs, cache = Decoder(self.config).apply(
             {"params": params},
             tokens_BxL,

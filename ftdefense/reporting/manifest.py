@@ -1,6 +1,7 @@
 """What produced a result: versions, devices, data, template, command."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence
 import importlib.metadata
 import pathlib
 import platform

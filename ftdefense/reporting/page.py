@@ -1,7 +1,8 @@
 """One self-contained report.html: what was found, how to read it, and all behind it."""
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence
 import html
 import json
 import pathlib

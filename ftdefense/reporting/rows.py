@@ -1,6 +1,7 @@
 """Result rows: one JSON object a line, and the same as CSV; written whole."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from collections.abc import Mapping
 import csv
 import json
 import os

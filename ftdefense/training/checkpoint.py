@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from ftdefense.core import errors, types
+from ftdefense.core import errors
+from ftdefense.core import types
 
 
 class Saver:

@@ -1,14 +1,17 @@
 """The one jit boundary of training: `jit(scan(step))` over a chunk of steps."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from collections.abc import Mapping
 import functools
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftdefense.core import errors, types
+from ftdefense.core import errors
+from ftdefense.core import types
 from ftdefense.data import streams as data_streams
 from ftdefense.training import checkpoint
 

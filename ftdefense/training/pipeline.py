@@ -6,7 +6,8 @@ defended model on the user's rows with a method of its own, then may edit the re
 of an attack only the data recipe counts.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from collections.abc import Mapping
 import dataclasses
 import functools
 import hashlib
@@ -22,13 +23,23 @@ import jax
 import numpy as np
 
 import ftdefense
-from ftdefense.core import config, errors, registry, types
-from ftdefense.data import pools, recipes
+from ftdefense.core import config
+from ftdefense.core import errors
+from ftdefense.core import registry
+from ftdefense.core import types
+from ftdefense.data import pools
+from ftdefense.data import recipes
 from ftdefense.data import streams as data_streams
 from ftdefense.data import world as worlds
-from ftdefense.methods import lift, optimizers, plans, schedules
+from ftdefense.methods import lift
+from ftdefense.methods import optimizers
+from ftdefense.methods import plans
+from ftdefense.methods import schedules
 from ftdefense.models import transformer
-from ftdefense.training import budgets, checkpoint, loop, progress
+from ftdefense.training import budgets
+from ftdefense.training import checkpoint
+from ftdefense.training import loop
+from ftdefense.training import progress
 
 # Scores parameters part-way through a stage; returns JSON-able columns.
 Observer = Callable[[types.Params], dict[str, float]]

@@ -5,8 +5,11 @@ import functools
 import numpy as np
 
 from ftdefense.data import examples as data_examples
-from ftdefense.data import pools, recipes, world
-from ftdefense.data.sandbox import presets, skills
+from ftdefense.data import pools
+from ftdefense.data import recipes
+from ftdefense.data import world
+from ftdefense.data.sandbox import presets
+from ftdefense.data.sandbox import skills
 from ftdefense.data.sandbox import vocabulary as words
 
 LENGTH = 16

@@ -6,7 +6,8 @@ import itertools
 import numpy as np
 
 from ftdefense.data import examples as data_examples
-from ftdefense.data.sandbox import grammar, presets
+from ftdefense.data.sandbox import grammar
+from ftdefense.data.sandbox import presets
 from ftdefense.data.sandbox import vocabulary as words
 
 Example = data_examples.Example
