@@ -94,9 +94,10 @@ class Paired(NamedTuple):
 def bag_of_words_cosine(first: str, second: str) -> float:
     """Cosine of word counts: the sandbox's stand-in for sentence embeddings."""
     a, b = Counter(first.split()), Counter(second.split())
-    lengths = math.sqrt(sum(n * n for n in a.values()))
-    lengths *= math.sqrt(sum(n * n for n in b.values()))
-    return sum(a[word] * b[word] for word in a) / lengths if lengths else 0.0
+    squares = sum(n * n for n in a.values()) * sum(n * n for n in b.values())
+    # One root of the product: equal texts give 1 exactly, not a digit more.
+    dot = sum(a[word] * b[word] for word in a)
+    return dot / math.sqrt(squares) if squares else 0.0
 
 
 def pair_unrelated(

@@ -80,6 +80,9 @@ def bars(rows: Sequence[Row], path: pathlib.Path) -> pathlib.Path:
             axis.axhline(0, color="#222222", linewidth=0.8)
             axis.set_ylabel(label)
             axis.grid(axis="x", visible=False)
+            # A change of a hundredth must not fill the panel.
+            low, high = axis.get_ylim()
+            axis.set_ylim(min(low, -0.12), max(high, 0.12))
         axes[1].set_xticks(range(len(defenses)), defenses)
         if len(defenses) > 6:
             axes[1].tick_params(axis="x", rotation=35)

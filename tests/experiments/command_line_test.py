@@ -1,0 +1,67 @@
+"""The scripts as a stranger types them: one line for every mistake."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def call(script, *arguments):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "experiments" / script), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--defense=boster"], ["unknown defense 'boster'", "did you mean 'booster'"]),
+        (["--attack=sft:vacine"], ["unknown preset", "'vaccine'"]),
+        (["--set=defense.alfa=1", "--defense=booster"], None),
+        (["--set=booster.alfa=1"], ["unknown field 'alfa'", "'alpha'"]),
+        (["--set=booster.alpha=much"], ["alpha is a float", "'much'"]),
+        (["--set=booster.microbatches=1.5"], ["microbatches is a int"]),
+        (["--preset=smal"], ["unknown preset", "'small'"]),
+        (["--seeds=one"], ["--seeds=one", "whole numbers"]),
+        (["--benign=x.jsonl"], ["--benign goes with --model"]),
+        (["--model=nowhere"], ["--model needs --harmful"]),
+        (["--nosuchflag"], ["nosuchflag"]),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, arguments, words):
+    """Catches a traceback, a status of 0, and a work directory that is left behind."""
+    if words is None:
+        return  # A field that only one side's methods lack is ignored; see config_test.
+    done = call("run.py", f"--workdir={tmp_path / 'w'}", *arguments)
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    assert all(word in lines[0] for word in words), lines[0]
+    assert not (tmp_path / "w").exists()
+
+
+def test_workdir_of_another_configuration_is_kept(tmp_path):
+    """Catches results of two configurations in one folder."""
+    (tmp_path / "config.json").write_text(json.dumps({"seeds": [7]}))
+    done = call("run.py", f"--workdir={tmp_path}", "--preset=tiny")
+    assert done.returncode == 2
+    assert "holds another configuration" in done.stderr
+    assert json.loads((tmp_path / "config.json").read_text()) == {"seeds": [7]}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_help_names_every_flag():
+    """Catches a flag without a description."""
+    done = call("run.py", "--help")
+    for flag in ("--defense", "--attack", "--model", "--preset", "--seeds", "--set"):
+        assert flag.replace("--", "") in done.stdout
