@@ -11,6 +11,7 @@ import dataclasses
 import operator
 import sys
 
+from absl import flags
 import settings
 
 from ftdefense.core import config
@@ -19,6 +20,8 @@ from ftdefense.evaluation import suite
 from ftdefense.reporting import tables
 from ftdefense.training import checkpoint
 from ftdefense.training import sweep
+
+flags.adopt_module_key_flags(settings)
 
 RATES = (3e-5, 5e-5, 1e-4, 1.5e-4, 2e-4, 3e-4, 5e-4)
 # Metric, ALIGNED's bound, NEVER's bound (sandbox.md, Acceptance).

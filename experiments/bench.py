@@ -26,6 +26,7 @@ from ftdefense.training import checkpoint
 from ftdefense.training import loop
 
 FLAGS = flags.FLAGS
+flags.adopt_module_key_flags(settings)
 flags.DEFINE_list("defenses", ["vaccine", "booster", "ctrap"], "Which, or all.")
 flags.DEFINE_integer("rounds", 9, "Measurements of each ratio; the median is shown.")
 flags.DEFINE_integer("members", 8, "Settings in one vmapped program.")

@@ -4,23 +4,15 @@ from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
+import settings
+
 from ftdefense.core import types
 from ftdefense.data import recipes
 from ftdefense.evaluation import budget
 from ftdefense.evaluation import checks
 from ftdefense.evaluation import success
 from ftdefense.evaluation import suite
-from ftdefense.methods import plans
 from ftdefense.training import pipeline
-
-
-@dataclasses.dataclass(frozen=True)
-class Chosen:
-    """A method with its plan, under the name that results carry."""
-
-    reference: str
-    name: str
-    plan: plans.Plan
 
 
 class Cells:
@@ -35,7 +27,9 @@ class Cells:
         )
         self.generations: list[dict[str, Any]] = []
 
-    def defend(self, defense: Chosen, seed: int) -> tuple[pipeline.Stage, dict]:
+    def defend(
+        self, defense: settings.Chosen, seed: int
+    ) -> tuple[pipeline.Stage, dict]:
         """The release, and its row before any attack."""
         stage = self.bench.defended(defense.name, defense.plan, seed)
         row = {
@@ -49,7 +43,7 @@ class Cells:
         return stage, row
 
     def attack(
-        self, release: pipeline.Stage, before: dict, attack: Chosen, seed: int
+        self, release: pipeline.Stage, before: dict, attack: settings.Chosen, seed: int
     ) -> list[dict]:
         """Rows along an attack, and the one after it."""
 

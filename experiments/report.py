@@ -6,6 +6,7 @@ python experiments/report.py --workdir=runs/first
 import json
 import pathlib
 
+from absl import flags
 import settings
 
 from ftdefense.core import errors
@@ -14,6 +15,8 @@ from ftdefense.reporting import page
 from ftdefense.reporting import plots
 from ftdefense.reporting import rows as result_rows
 from ftdefense.reporting import tables
+
+flags.adopt_module_key_flags(settings)
 
 
 def write(workdir: pathlib.Path) -> pathlib.Path:

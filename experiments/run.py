@@ -26,6 +26,7 @@ from ftdefense.reporting import tables
 from ftdefense.training import checkpoint
 
 FLAGS = flags.FLAGS
+flags.adopt_module_key_flags(settings)
 flags.DEFINE_list(
     "defense",
     ["none", "vaccine", "booster", "ctrap"],
@@ -48,12 +49,12 @@ flags.DEFINE_enum(
 def main() -> None:
     workdir = settings.workdir()
     seeds = settings.seeds()
-    defenses = settings.references("defenses", FLAGS.defense)
-    attacks = settings.references("attacks", FLAGS.attack)
+    settings.references("defenses", FLAGS.defense)  # Names are checked before weights
+    settings.references("attacks", FLAGS.attack)  # and data are read.
     bench = settings.bench()
     chosen = {
-        package: [cells.Chosen(r, *settings.plan(bench, package, r)) for r in asked]
-        for package, asked in (("defenses", defenses), ("attacks", attacks))
+        "defenses": settings.chosen(bench, "defenses", FLAGS.defense),
+        "attacks": settings.chosen(bench, "attacks", FLAGS.attack),
     }
     hashes = bench.world.hashes()
     settings.claim(
@@ -91,8 +92,8 @@ def main() -> None:
 
 def run(
     runner: cells.Cells,
-    defenses: list[cells.Chosen],
-    attacks: list[cells.Chosen],
+    defenses: list[settings.Chosen],
+    attacks: list[settings.Chosen],
     seeds: list[int],
 ) -> list[dict]:
     """Rows of every cell, with their flags."""

@@ -227,15 +227,32 @@ def references(package: str, asked: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(asked))
 
 
-def plan(
-    runner: pipeline.Bench, package: str, reference: str
-) -> tuple[str, plans.Plan]:
-    """(method name, plan) of `name` or `name:preset`, with the --set overrides."""
-    name, _, preset = reference.partition(":")
-    chosen = runner.plan(package, name, preset or None)
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """A method with its plan, under the name that results carry."""
+
+    reference: str
+    name: str
+    plan: plans.Plan
+
+
+def chosen(runner: pipeline.Bench, package: str, asked: Sequence[str]) -> list[Chosen]:
+    """Methods of `name` or `name:preset` each, with the --set overrides applied.
+
+    `defense.` and `attack.` reach every method of a side that has the field.
+
+    Raises:
+      UserError: for an override that begins with no method, or reaches none.
+    """
     side = package.removesuffix("s")
     known = {"defense", "attack"}
     known |= {*registry.names("defenses"), *registry.names("attacks")}
+    found = []
+    for reference in references(package, asked):
+        name, _, preset = reference.partition(":")
+        found.append(
+            Chosen(reference, name, runner.plan(package, name, preset or None))
+        )
     for assignment in FLAGS.set:
         target, _, rest = assignment.partition(".")
         if target not in known or not rest:
@@ -243,6 +260,15 @@ def plan(
                 f"--set={assignment}: it begins with defense., attack. or a method's "
                 f"name; {errors.unknown('method', target, known)}"
             )
-        if target in (side, name):
-            chosen = config.override_plan(chosen, rest, required=target == name)
-    return name, chosen
+        meant = [c for c in found if target in (side, c.name)]
+        # Of a whole side some may lack the field, but not all of them.
+        lacking = [c for c in meant if not config.has_field(c.plan, rest)]
+        if lacking and len(lacking) == len(meant):
+            config.override_plan(lacking[0].plan, rest)
+        found = [
+            dataclasses.replace(c, plan=config.override_plan(c.plan, rest))
+            if c in meant and c not in lacking
+            else c
+            for c in found
+        ]
+    return found

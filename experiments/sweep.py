@@ -25,6 +25,7 @@ from ftdefense.reporting import tables
 from ftdefense.training import sweep
 
 FLAGS = flags.FLAGS
+flags.adopt_module_key_flags(settings)
 flags.DEFINE_string("defense", "none", "One defense: name, name:preset or file.py.")
 flags.DEFINE_string("attack", "sft", "One attack, likewise.")
 flags.DEFINE_multi_string(
@@ -56,23 +57,23 @@ def settings_of(plan: plans.Plan, swept: list[str]) -> list[tuple[dict, plans.Pl
 def main() -> None:
     workdir, seeds = settings.workdir(), settings.seeds()
     bench = settings.bench()
-    defense, defense_plan = settings.plan(bench, "defenses", FLAGS.defense)
-    attack, attack_plan = settings.plan(bench, "attacks", FLAGS.attack)
-    chosen = settings_of(attack_plan, FLAGS.sweep)
+    (defense,) = settings.chosen(bench, "defenses", [FLAGS.defense])
+    (attack,) = settings.chosen(bench, "attacks", [FLAGS.attack])
+    chosen = settings_of(attack.plan, FLAGS.sweep)
     settings.claim(
         workdir,
         {
             "sweep": FLAGS.sweep,
             "seeds": seeds,
             "data": bench.world.hashes(),
-            "defense": [FLAGS.defense, config.to_dict(defense_plan)],
-            "attack": [FLAGS.attack, config.to_dict(attack_plan)],
+            "defense": [FLAGS.defense, config.to_dict(defense.plan)],
+            "attack": [FLAGS.attack, config.to_dict(attack.plan)],
         },
     )
-    release = bench.defended(defense, defense_plan, seeds[0])
+    release = bench.defended(defense.name, defense.plan, seeds[0])
     members = [sweep.Member(plan, seed) for _, plan in chosen for seed in seeds]
     values = [value for value, _ in chosen for _ in seeds]
-    outcomes = sweep.attack(bench, attack, members, release)
+    outcomes = sweep.attack(bench, attack.name, members, release)
     evaluate = suite.Evaluator(bench.model, bench.world)
     before = evaluate(types.Release(release.params)).row()
     rows = []

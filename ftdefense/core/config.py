@@ -38,21 +38,26 @@ def override(config: Any, assignments: Iterable[str]) -> Any:
     return config
 
 
-def override_plan(plan: Any, assignment: str, *, required: bool = True) -> Any:
-    """Applies one assignment to a plan or, where it has no such field, to its `hp`.
-
-    Args:
-      required: False ignores a field that this method does not have, since the
-        assignment was for every method of a side.
-    """
+def has_field(plan: Any, assignment: str) -> bool:
+    """Whether a plan or its `hp` has the first field of `field...=value`."""
     name = assignment.partition("=")[0].partition(".")[0].strip()
-    fields = {field.name for field in dataclasses.fields(plan)}
-    if name in fields and name not in ("hp", "source"):
+    return name in _fields_of_plan(plan) or name in _fields(plan.hp)
+
+
+def override_plan(plan: Any, assignment: str) -> Any:
+    """Applies one assignment to a plan or, where it has no such field, to its `hp`."""
+    name = assignment.partition("=")[0].partition(".")[0].strip()
+    if name in _fields_of_plan(plan):
         return override(plan, [assignment])
-    of_hp = {field.name for field in dataclasses.fields(plan.hp)}
-    if name not in of_hp and not required:
-        return plan
     return dataclasses.replace(plan, hp=override(plan.hp, [assignment]))
+
+
+def _fields(config: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(config)}
+
+
+def _fields_of_plan(plan: Any) -> set[str]:
+    return _fields(plan) - {"hp", "source"}
 
 
 def _replace(config: Any, path: list[str], text: str, assignment: str) -> Any:

@@ -27,7 +27,7 @@ def call(script, *arguments):
     [
         (["--defense=boster"], ["unknown defense 'boster'", "did you mean 'booster'"]),
         (["--attack=sft:vacine"], ["unknown preset", "'vaccine'"]),
-        (["--set=defense.alfa=1", "--defense=booster"], None),
+        (["--set=defense.alfa=1"], ["unknown field 'alfa'"]),
         (["--set=booster.alfa=1"], ["unknown field 'alfa'", "'alpha'"]),
         (["--set=booster.alpha=much"], ["alpha is a float", "'much'"]),
         (["--set=booster.microbatches=1.5"], ["microbatches is a int"]),
@@ -40,8 +40,6 @@ def call(script, *arguments):
 )
 def test_mistakes_are_one_line(tmp_path, arguments, words):
     """Catches a traceback, a status of 0, and a work directory that is left behind."""
-    if words is None:
-        return  # A field that only one side's methods lack is ignored; see config_test.
     done = call("run.py", f"--workdir={tmp_path / 'w'}", *arguments)
     assert done.returncode == 2
     lines = done.stderr.strip().splitlines()
