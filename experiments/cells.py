@@ -8,6 +8,7 @@ import settings
 
 from ftdefense.core import types
 from ftdefense.data import recipes
+from ftdefense.data.sandbox import wrappers
 from ftdefense.evaluation import budget
 from ftdefense.evaluation import checks
 from ftdefense.evaluation import success
@@ -18,10 +19,28 @@ from ftdefense.training import pipeline
 class Cells:
     """Runs cells on one bench; a defense is trained and scored once per seed."""
 
-    def __init__(self, bench: pipeline.Bench, *, threat: str = "open_weight"):
-        """`threat`: open_weight or service (see `training.pipeline`)."""
+    def __init__(
+        self,
+        bench: pipeline.Bench,
+        *,
+        threat: str = "open_weight",
+        wrapped: Sequence[str] = (),
+    ):
+        """Prepares the evaluations.
+
+        Args:
+          threat: open_weight or service (see `training.pipeline`).
+          wrapped: jailbreak analogues of the sandbox that the harmful prompts are also
+            put through; each gives a column harmful_score/NAME.
+        """
         self.bench, self.threat = bench, threat
         self._whole = suite.Evaluator(bench.model, bench.world)
+        self._wrapped = {
+            name: suite.Evaluator(
+                bench.model, bench.world, wrapper=wrappers.wrapper(name)
+            )
+            for name in wrapped
+        }
         self._part = suite.Evaluator(
             bench.model, bench.world, limit=bench.defaults.watched
         )
@@ -108,7 +127,11 @@ class Cells:
             }
             for generation in scores.generations
         ]
-        return scores.row()
+        row = scores.row()
+        for name, evaluate in self._wrapped.items():
+            rates = evaluate(types.Release(stage.params)).rates
+            row[f"harmful_score/{name}"] = rates["harmful_score"].value
+        return row
 
 
 def flagged(rows: Sequence[dict]) -> list[dict]:

@@ -18,6 +18,7 @@ import settings
 import tqdm
 
 from ftdefense.core import config
+from ftdefense.core import errors
 from ftdefense.evaluation import checks
 from ftdefense.reporting import events
 from ftdefense.reporting import manifest
@@ -44,6 +45,12 @@ flags.DEFINE_enum(
     "open_weight: the attacker trains the release. service: the provider trains it on "
     "the attacker's rows; of an attack only its data counts.",
 )
+flags.DEFINE_list(
+    "wrappers",
+    [],
+    "Jailbreak analogues that harmful prompts are also put through (sandbox only): "
+    "trigger, persona, prefill, paraphrase. Each adds a column harmful_score/NAME.",
+)
 
 
 def main() -> None:
@@ -56,6 +63,9 @@ def main() -> None:
         "defenses": settings.chosen(bench, "defenses", FLAGS.defense),
         "attacks": settings.chosen(bench, "attacks", FLAGS.attack),
     }
+    if FLAGS.wrappers and FLAGS.model is not None:
+        raise errors.UserError("--wrappers belongs to the sandbox; leave --model out.")
+    runner = cells.Cells(bench, threat=FLAGS.threat, wrapped=FLAGS.wrappers)
     hashes = bench.world.hashes()
     settings.claim(
         workdir,
@@ -64,6 +74,7 @@ def main() -> None:
             "weights": FLAGS.model,
             "data": hashes,
             "threat": FLAGS.threat,
+            "wrappers": FLAGS.wrappers,
             "seeds": seeds,
             **{
                 package: {c.reference: config.to_dict(c.plan) for c in methods}
@@ -71,7 +82,6 @@ def main() -> None:
             },
         },
     )
-    runner = cells.Cells(bench, threat=FLAGS.threat)
     rows = run(runner, chosen["defenses"], chosen["attacks"], seeds)
     write(workdir, rows, runner.generations)
     checkpoint.write_json(

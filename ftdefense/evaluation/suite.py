@@ -118,11 +118,7 @@ class Evaluator:
         self._pairs = {
             name: pools.encode(
                 world.tokenizer,
-                [
-                    e
-                    for e, g in zip(self._examples, self._groups, strict=True)
-                    if g == group
-                ],
+                _stratified(world.evaluation[group], limit),
                 world.length,
                 order=group,
                 pad_id=world.pad_id,

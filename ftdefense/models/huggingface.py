@@ -1,410 +1,457 @@
-"""Reads and writes Hugging Face folders: config.json and safetensors."""
+"""Reads and writes the folders of transformers: config.json and safetensors."""
 
-from collections.abc import Iterable
-from collections.abc import Mapping
+from collections.abc import Iterator
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
 import shutil
 from typing import Any
+from typing import NamedTuple
+import uuid
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from ftdefense.core import errors
+from ftdefense.core import tree
 from ftdefense.core import types
-from ftdefense.models import rope
+from ftdefense.models import huggingface_config
 from ftdefense.models import transformer
 
-ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-)
-# What `save` copies from a source folder besides weights and config.
-_COMPANIONS = (
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+# What `save` copies from a source folder, where it is there.
+COMPANIONS = (
     "tokenizer.json",
+    "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "tokenizer.model",
+    "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
 )
-# Ours below layers/, theirs below model.layers.N, and whether a kernel is transposed.
-_LAYER_TENSORS = {
-    ("attention_norm", "scale"): ("input_layernorm.weight", False),
-    ("mlp_norm", "scale"): ("post_attention_layernorm.weight", False),
-    ("attention", "q_norm", "scale"): ("self_attn.q_norm.weight", False),
-    ("attention", "k_norm", "scale"): ("self_attn.k_norm.weight", False),
-    **{
-        ("attention", name, "kernel"): (f"self_attn.{name}_proj.weight", True)
-        for name in "qkvo"
-    },
-    **{
-        ("attention", name, "bias"): (f"self_attn.{name}_proj.bias", False)
-        for name in "qkvo"
-    },
-    **{
-        ("mlp", name, "kernel"): (f"mlp.{name}_proj.weight", True)
-        for name in ("gate", "up", "down")
-    },
+_DTYPES = ("F32", "F16", "BF16")
+# Of both: the module's name here -> there, below layers/ and model.layers.N.
+_MODULES = {
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "attention/q": "self_attn.q_proj",
+    "attention/k": "self_attn.k_proj",
+    "attention/v": "self_attn.v_proj",
+    "attention/o": "self_attn.o_proj",
+    "attention/q_norm": "self_attn.q_norm",
+    "attention/k_norm": "self_attn.k_norm",
+    "mlp/gate": "mlp.gate_proj",
+    "mlp/up": "mlp.up_proj",
+    "mlp/down": "mlp.down_proj",
+    "embed": "model.embed_tokens",
+    "final_norm": "model.norm",
+    "lm_head": "lm_head",
 }
-_TOP_TENSORS = {
-    ("embed", "embedding"): ("model.embed_tokens.weight", False),
-    ("final_norm", "scale"): ("model.norm.weight", False),
-    ("lm_head", "kernel"): ("lm_head.weight", True),
-}
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def read_config(folder: str | pathlib.Path) -> transformer.ModelConfig:
-    """The shape of the model in a folder.
+class Tensor(NamedTuple):
+    """One tensor of a checkpoint and where it belongs.
+
+    Attributes:
+      name: in the checkpoint.
+      path: of our parameter.
+      layer: index into its leading axis; None: it has none.
+      transposed: whether theirs is [out, in] where ours is [in, out].
+      shape: theirs.
+    """
+
+    name: str
+    path: tuple[str, ...]
+    layer: int | None
+    transposed: bool
+    shape: tuple[int, ...]
+
+
+def _shapes(model: transformer.LanguageModel) -> dict[tuple[str, ...], tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(
+        jax.eval_shape(model.init, jax.random.key(0))
+    )
+    return {tree.path_names(path): leaf.shape for path, leaf in leaves}
+
+
+def tensors(model: transformer.LanguageModel) -> Iterator[Tensor]:
+    """Every tensor of the model's checkpoint, those of one parameter in a row."""
+    for path, shape in _shapes(model).items():
+        stacked = path[0] == "layers"
+        module = _MODULES["/".join(path[stacked:-1])]
+        suffix = "bias" if path[-1] == "bias" else "weight"
+        transposed = path[-1] == "kernel"
+        inner = shape[1:] if stacked else shape
+        theirs = inner[::-1] if transposed else inner
+        if not stacked:
+            yield Tensor(f"{module}.{suffix}", path, None, transposed, theirs)
+            continue
+        for layer in range(shape[0]):
+            name = f"model.layers.{layer}.{module}.{suffix}"
+            yield Tensor(name, path, layer, transposed, theirs)
+
+
+def read_config(folder: str | os.PathLike) -> transformer.ModelConfig:
+    """The model that a folder holds.
 
     Raises:
-      UserError: for a missing or unreadable config.json, an unsupported architecture
-        or an unsupported feature of it.
+      UserError: if config.json is missing, unreadable or of an unsupported model.
     """
-    folder = pathlib.Path(folder)
-    path = folder / "config.json"
-    if not path.is_file():
-        raise errors.UserError(
-            f"{folder} holds no config.json; --model takes a folder as transformers' "
-            "save_pretrained writes it."
-        )
+    path = pathlib.Path(folder) / CONFIG
+    return huggingface_config.parse(_read_json(path), str(path))
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         read = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise errors.UserError(f"{path} is not JSON (line {error.lineno}).") from error
-    names = read.get("architectures") or ["none"]
-    if names[0] not in ARCHITECTURES:
+    except FileNotFoundError as error:
         raise errors.UserError(
-            f"{path}: architecture {names[0]} is not supported; "
-            f"known: {', '.join(ARCHITECTURES)}."
+            f"{path} not found; give a folder that transformers' save_pretrained wrote."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise errors.UserError(
+            f"{path} cannot be read as JSON ({error}); download the file again."
+        ) from error
+    if not isinstance(read, dict):
+        raise errors.UserError(
+            f"{path} holds a JSON {type(read).__name__}, not an object; download the "
+            "file again."
         )
-    if read.get("hidden_act", "silu") != "silu":
-        raise errors.UserError(f"{path}: hidden_act {read['hidden_act']} is not silu.")
-    if read.get("mlp_bias"):
-        raise errors.UserError(f"{path}: mlp_bias is not supported.")
-    theta, scaling = _rope(read, path)
-    qwen2 = names[0] == "Qwen2ForCausalLM"
-    windowed = read.get("use_sliding_window", names[0] == "MistralForCausalLM")
-    try:
-        return transformer.ModelConfig(
-            vocab_size=read["vocab_size"],
-            width=read["hidden_size"],
-            layers=read["num_hidden_layers"],
-            heads=read["num_attention_heads"],
-            kv_heads=read.get("num_key_value_heads") or read["num_attention_heads"],
-            mlp_width=read["intermediate_size"],
-            head_dim=read.get("head_dim") or 0,
-            max_length=read.get("max_position_embeddings", 2048),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            norm_epsilon=read.get("rms_norm_eps", 1e-6),
-            tied=read.get("tie_word_embeddings", False),
-            attention_bias=qwen2 or read.get("attention_bias", False),
-            output_bias=not qwen2 and read.get("attention_bias", False),
-            qk_norm=names[0] == "Qwen3ForCausalLM",
-            sliding_window=read.get("sliding_window") if windowed else None,
-        )
-    except KeyError as error:
-        raise errors.UserError(f"{path} lacks the field {error}.") from error
-
-
-def _rope(
-    read: Mapping[str, Any], path: pathlib.Path
-) -> tuple[float, rope.RopeScaling | None]:
-    """Base and scaling, from transformers 5's `rope_parameters` or the older fields."""
-    parameters = read.get("rope_parameters") or {}
-    scaling = read.get("rope_scaling") or parameters
-    theta = parameters.get("rope_theta", read.get("rope_theta", 10_000.0))
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return float(theta), None
-    if kind == "linear":
-        return float(theta), rope.RopeScaling("linear", float(scaling["factor"]))
-    if kind == "llama3":
-        return float(theta), rope.RopeScaling(
-            "llama3",
-            float(scaling["factor"]),
-            float(scaling["low_freq_factor"]),
-            float(scaling["high_freq_factor"]),
-            int(scaling["original_max_position_embeddings"]),
-        )
-    raise errors.UserError(
-        f"{path}: rope type {kind!r} is not supported; known: default, linear, llama3."
-    )
+    return read
 
 
 def load(
-    folder: str | pathlib.Path, **overrides: Any
+    folder: str | os.PathLike, **overrides: Any
 ) -> tuple[transformer.LanguageModel, types.Params]:
-    """Model and float32 parameters of a folder; tensors are read one at a time.
+    """A folder's model and its parameters in float32.
+
+    Files are memory-mapped and read tensor by tensor: beside the parameters, no more
+    than one stacked parameter is held.
 
     Args:
-      overrides: fields of `ModelConfig`, as compute_dtype="bfloat16".
+      folder: with config.json and model.safetensors, or shards with their index;
+        tensors are float32, bfloat16 or float16.
+      **overrides: fields of `ModelConfig`, as compute_dtype="bfloat16".
 
     Raises:
-      UserError: for missing, extra or misshapen tensors, or an unreadable file.
+      UserError: for an unsupported config, for missing, extra, misshapen or mistyped
+        tensors, and for files that cannot be read; names folder, file and tensor.
     """
     folder = pathlib.Path(folder)
-    config = dataclasses.replace(read_config(folder), **overrides)
-    model = transformer.LanguageModel(config)
-    wanted = dict(_names(config))
-    files = _files(folder)
-    missing = sorted(set(_tensor_names(wanted.values())) - set(files))
-    # A tied head is sometimes stored all the same.
-    known = {*_tensor_names(wanted.values()), "lm_head.weight"}
-    extra = sorted(
-        name for name in set(files) - known if not name.endswith("rotary_emb.inv_freq")
-    )
-    if missing or extra:
-        what = f"lacks {missing[0]}" if missing else f"has the unknown {extra[0]}"
-        raise errors.UserError(
-            f"{folder} {what} ({len(missing)} tensors missing, {len(extra)} unknown): "
-            "its weights do not belong to its config.json."
-        )
-    shapes = _shapes(config)
-    params: dict[str, Any] = {}
-    for path, (names, transposed) in wanted.items():
-        parts = [_read(files[name], name, transposed) for name in names]
-        for name, part in zip(names, parts, strict=True):
-            expected = shapes[path][1:] if path[0] == "layers" else shapes[path]
-            if part.shape != expected:
-                shown = part.shape[::-1] if transposed else part.shape
-                wants = expected[::-1] if transposed else expected
-                raise errors.UserError(
-                    f"{folder}: tensor {name} has shape {list(shown)}, but "
-                    f"config.json asks for {list(wants)}."
-                )
-        value = np.stack(parts) if path[0] == "layers" else parts[0]
-        _set(params, path, value)
-    return model, params
+    config = read_config(folder)
+    known = [field.name for field in dataclasses.fields(config)]
+    for name in overrides:
+        if name not in known:
+            raise errors.unknown("field of ModelConfig", name, known)
+    model = transformer.LanguageModel(dataclasses.replace(config, **overrides))
+    wanted = list(tensors(model))
+    with contextlib.ExitStack() as stack:
+        found = _open(folder, stack)
+        _check_names(folder, found, wanted, config.tied)
+        for tensor in wanted:
+            _check_tensor(found[tensor.name], tensor)
+        if config.tied and HEAD in found:
+            _check_tied(found)
+        return model, _read_params(found, wanted, _shapes(model))
 
 
-def save(
-    folder: str | pathlib.Path,
-    model: transformer.LanguageModel,
-    params: types.Params,
-    *,
-    source: str | pathlib.Path | None = None,
-    tokenizer: Any = None,
-    max_shard_bytes: int = 5 * 10**9,
-) -> None:
-    """Writes a folder that transformers loads; it appears whole or not at all.
+class Opened(NamedTuple):
+    """An open safetensors file and where it is."""
 
-    Args:
-      source: folder whose tokenizer, template and generation files are copied.
-      tokenizer: saved instead, where there is no source.
-      max_shard_bytes: tensors are split over files of at most this size.
-
-    Raises:
-      UserError: if `folder` exists and is not empty.
-    """
-    folder = pathlib.Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise errors.UserError(
-            f"{folder} exists and is not empty; export to another folder."
-        )
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    if source is not None:
-        for name in _COMPANIONS:
-            if (pathlib.Path(source) / name).is_file():
-                shutil.copyfile(pathlib.Path(source) / name, partial / name)
-    elif tokenizer is not None:
-        tokenizer.save_pretrained(partial)
-    written = json.dumps(to_config(model.config), indent=2) + "\n"
-    (partial / "config.json").write_text(written)
-    _write_shards(partial, _flatten(model.config, params), max_shard_bytes)
-    if folder.exists():
-        folder.rmdir()
-    os.replace(partial, folder)
+    path: pathlib.Path
+    file: Any
 
 
-def to_config(config: transformer.ModelConfig) -> dict[str, Any]:
-    """config.json of a model; the architecture is the plainest that can hold it."""
-    if config.qk_norm:
-        name, kind = "Qwen3ForCausalLM", "qwen3"
-    elif config.attention_bias and not config.output_bias:
-        name, kind = "Qwen2ForCausalLM", "qwen2"
-    elif config.sliding_window is not None:
-        name, kind = "MistralForCausalLM", "mistral"
-    else:
-        name, kind = "LlamaForCausalLM", "llama"
-    rope_parameters: dict[str, Any] = {
-        "rope_type": "default",
-        "rope_theta": config.rope_theta,
-    }
-    scaling = config.rope_scaling
-    if scaling is not None:
-        rope_parameters |= {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling is not None and scaling.kind == "llama3":
-        rope_parameters |= {
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_length,
-        }
-    written = {
-        "architectures": [name],
-        "model_type": kind,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_width,
-        "intermediate_size": config.mlp_width,
-        "max_position_embeddings": config.max_length,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": rope_parameters,
-        "rms_norm_eps": config.norm_epsilon,
-        "tie_word_embeddings": config.tied,
-        "attention_bias": config.attention_bias,
-        "hidden_act": "silu",
-        "torch_dtype": "float32",
-    }
-    if scaling is not None:
-        written["rope_scaling"] = {
-            k: v for k, v in rope_parameters.items() if k != "rope_theta"
-        }
-    if kind == "mistral":
-        written["sliding_window"] = config.sliding_window
-    if kind == "llama":
-        written["mlp_bias"] = False
-    return written
-
-
-def _names(config: transformer.ModelConfig):
-    """(our path, (their tensor names, transposed)) for every parameter."""
-    shapes = _shapes(config)
-    for path, (name, transposed) in _TOP_TENSORS.items():
-        if path in shapes:
-            yield path, ([name], transposed)
-    for path, (name, transposed) in _LAYER_TENSORS.items():
-        if ("layers", *path) in shapes:
-            names = [f"model.layers.{i}.{name}" for i in range(config.layers)]
-            yield ("layers", *path), (names, transposed)
-
-
-def _tensor_names(values: Iterable[tuple[list[str], bool]]) -> list[str]:
-    return [name for names, _ in values for name in names]
-
-
-def _shapes(config: transformer.ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Shapes of our parameters by path."""
-    n, d, f, k = config.layers, config.width, config.mlp_width, config.head_width
-    q, kv = config.heads * k, config.kv_heads * k
-    kernels = {
-        ("attention", "q"): (d, q),
-        ("attention", "k"): (d, kv),
-        ("attention", "v"): (d, kv),
-        ("attention", "o"): (q, d),
-        ("mlp", "gate"): (d, f),
-        ("mlp", "up"): (d, f),
-        ("mlp", "down"): (f, d),
-    }
-    shapes = {
-        ("embed", "embedding"): (config.vocab_size, d),
-        ("final_norm", "scale"): (d,),
-        ("layers", "attention_norm", "scale"): (n, d),
-        ("layers", "mlp_norm", "scale"): (n, d),
-    }
-    for path, shape in kernels.items():
-        shapes["layers", *path, "kernel"] = (n, *shape)
-        biased = config.output_bias if path[1] == "o" else config.attention_bias
-        if path[0] == "attention" and biased:
-            shapes["layers", *path, "bias"] = (n, shape[1])
-    if config.qk_norm:
-        for name in ("q_norm", "k_norm"):
-            shapes["layers", "attention", name, "scale"] = (n, k)
-    if not config.tied:
-        shapes["lm_head", "kernel"] = (d, config.vocab_size)
-    return shapes
-
-
-def _files(folder: pathlib.Path) -> dict[str, Any]:
-    """Open safetensors files by the tensor names that they hold."""
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        paths = [folder / shard for shard in shards]
-    elif single.is_file():
-        paths = [single]
-    else:
-        raise errors.UserError(
-            f"{folder} holds no model.safetensors (nor an index of shards); convert "
-            "other formats with transformers' save_pretrained(safe_serialization)."
-        )
-    found: dict[str, Any] = {}
-    for path in paths:
-        if not path.is_file():
-            raise errors.UserError(f"{index} names {path.name}, which is not there.")
-        try:
-            opened = safetensors.safe_open(path, framework="flax")
-        except (safetensors.SafetensorError, OSError) as error:
+def _open(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Opened]:
+    """The open file of each tensor that the folder holds."""
+    if (folder / INDEX).is_file():
+        index = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(index, dict):
             raise errors.UserError(
-                f"{path} cannot be read: {error}; is the file truncated?"
-            ) from error
-        found |= dict.fromkeys(opened.keys(), opened)
+                f"{folder / INDEX} has no weight_map; download the file again."
+            )
+        names = sorted(set(index.values()))
+    elif (folder / WEIGHTS).is_file():
+        names, index = [WEIGHTS], None
+    else:
+        others = sorted(p.name for p in folder.glob("*.bin"))
+        held = f"only {others[0]}" if others else "neither"
+        raise errors.UserError(
+            f"{folder}: expected {WEIGHTS} or {INDEX}, found {held}; write the folder "
+            "with transformers' save_pretrained."
+        )
+    found: dict[str, Opened] = {}
+    for name in names:
+        opened = _open_file(folder / name, stack)
+        found |= dict.fromkeys(opened.file.keys(), opened)
+    for tensor, name in (index or {}).items():
+        if tensor not in found or found[tensor].path.name != name:
+            raise errors.UserError(
+                f"{folder / name} lacks tensor {tensor}, which {INDEX} says it holds; "
+                "download both files again."
+            )
     return found
 
 
-def _read(opened: Any, name: str, transposed: bool) -> np.ndarray:
-    """One tensor in float32, in our orientation [in, out]."""
-    value = np.asarray(opened.get_tensor(name)).astype(np.float32)
-    return value.T if transposed else value
+def _open_file(path: pathlib.Path, stack: contextlib.ExitStack) -> Opened:
+    if not path.is_file():
+        raise errors.UserError(
+            f"{path} not found, though {INDEX} names it; download the missing shard."
+        )
+    try:
+        # On the host; numpy knows bfloat16 because jax has imported ml_dtypes.
+        file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
+    except (safetensors.SafetensorError, OSError) as error:
+        raise errors.UserError(
+            f"{path} is not a whole safetensors file ({error}); download it again "
+            "(with git: git lfs pull)."
+        ) from error
+    return Opened(path, file)
 
 
-def _flatten(config: transformer.ModelConfig, params: types.Params) -> dict[str, Any]:
-    """Their tensor names -> float32 arrays in their orientation."""
-    flat: dict[str, Any] = {}
-    for path, (names, transposed) in _names(config):
-        value: Any = params
-        for part in path:
-            value = value[part]
-        value = np.asarray(value, np.float32)
-        parts = value if path[0] == "layers" else [value]
-        for name, part in zip(names, parts, strict=True):
-            flat[name] = np.ascontiguousarray(part.T if transposed else part)
-    return flat
-
-
-def _write_shards(
-    folder: pathlib.Path, tensors: dict[str, np.ndarray], max_bytes: int
+def _check_names(
+    folder: pathlib.Path, found: dict[str, Opened], wanted: list[Tensor], tied: bool
 ) -> None:
-    shards: list[dict[str, np.ndarray]] = [{}]
-    filled = 0
-    for name, value in tensors.items():
-        if shards[-1] and filled + value.nbytes > max_bytes:
-            shards.append({})
+    names = {tensor.name for tensor in wanted}
+    missing = [tensor.name for tensor in wanted if tensor.name not in found]
+    if missing:
+        files = sorted({opened.path.name for opened in found.values()})
+        raise errors.UserError(
+            f"{folder}: tensor {missing[0]} ({len(missing)} in all) is missing from "
+            f"{', '.join(files) or 'its empty files'}; {CONFIG} belongs to another "
+            "checkpoint or the download is incomplete: download the folder again."
+        )
+    extra = sorted(
+        name
+        for name in set(found) - names
+        # Old checkpoints store the frequencies, and some a tied head.
+        if not name.endswith("rotary_emb.inv_freq") and not (tied and name == HEAD)
+    )
+    if extra:
+        raise errors.UserError(
+            f"{found[extra[0]].path}: tensor {extra[0]} ({len(extra)} in all) is not "
+            f"part of the model in {CONFIG}; use the {CONFIG} that was published with "
+            "these weights."
+        )
+
+
+def _check_tensor(opened: Opened, tensor: Tensor) -> None:
+    view = opened.file.get_slice(tensor.name)
+    shape, dtype = tuple(view.get_shape()), view.get_dtype()
+    if shape != tensor.shape:
+        raise errors.UserError(
+            f"{opened.path}: tensor {tensor.name} is {list(shape)}, but {CONFIG} asks "
+            f"for {list(tensor.shape)}; use the {CONFIG} that was published with these "
+            "weights."
+        )
+    if dtype not in _DTYPES:
+        raise errors.UserError(
+            f"{opened.path}: tensor {tensor.name} is {dtype}, not one of "
+            f"{', '.join(_DTYPES)}; use an unquantised checkpoint."
+        )
+
+
+def _check_tied(found: dict[str, Opened]) -> None:
+    head, embedding = (found[name].file.get_tensor(name) for name in (HEAD, EMBEDDING))
+    if not np.array_equal(head, embedding):
+        raise errors.UserError(
+            f"{found[HEAD].path}: tensor {HEAD} differs from {EMBEDDING}, though "
+            f"{CONFIG} ties them; set tie_word_embeddings to false there."
+        )
+
+
+def _read_params(
+    found: dict[str, Opened],
+    wanted: list[Tensor],
+    shapes: dict[tuple[str, ...], tuple[int, ...]],
+) -> types.Params:
+    params: dict[str, Any] = {}
+    for path, parts in itertools.groupby(wanted, key=lambda tensor: tensor.path):
+        whole = np.empty(shapes[path], np.float32)
+        for tensor in parts:
+            value = found[tensor.name].file.get_tensor(tensor.name)
+            target = whole if tensor.layer is None else whole[tensor.layer]
+            target[...] = value.T if tensor.transposed else value
+        *parents, name = path
+        nested = params
+        for parent in parents:
+            nested = nested.setdefault(parent, {})
+        nested[name] = jnp.asarray(whole)
+    return params
+
+
+def save(
+    folder: str | os.PathLike,
+    model: transformer.LanguageModel,
+    params: types.Params,
+    *,
+    source: str | os.PathLike | None = None,
+    tokenizer: Any = None,
+    max_shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+) -> None:
+    """Writes a folder that transformers loads, in float32; whole or not at all.
+
+    Args:
+      folder: what to write.
+      model: gives the config.json; that of `source` is kept, where it says the same.
+      params: of the model.
+      source: folder whose tokenizer, chat template and generation files are copied.
+      tokenizer: one of transformers', saved beside the weights; wins over `source`.
+      max_shard_bytes: larger models are split over several files, with an index.
+      overwrite: replaces a folder that is not empty.
+
+    Raises:
+      UserError: if the folder is not empty, the parameters are not those of the model,
+        or no architecture of transformers can hold them.
+    """
+    folder = pathlib.Path(folder)
+    if (
+        folder.exists()
+        and not overwrite
+        and (folder.is_file() or any(folder.iterdir()))
+    ):
+        raise errors.UserError(
+            f"{folder} exists and is not empty; export to another folder, or pass "
+            "overwrite=True to replace it."
+        )
+    _check_params(model, params)
+    fields = _config_fields(model.config, source)
+    partial = _sibling(folder, "partial")
+    partial.mkdir(parents=True)
+    try:
+        if source is not None:
+            _copy_companions(pathlib.Path(source), partial)
+        if tokenizer is not None:
+            fields |= _special_tokens(tokenizer)
+            tokenizer.save_pretrained(partial)
+        _write_weights(partial, model, params, max_shard_bytes)
+        _write_json(partial / CONFIG, fields)
+        _replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_params(model: transformer.LanguageModel, params: types.Params) -> None:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    given = {tree.path_names(path): leaf.shape for path, leaf in leaves}
+    wanted = _shapes(model)
+    for path in sorted({*given, *wanted}):
+        if given.get(path) != wanted.get(path):
+            raise errors.UserError(
+                f"export: parameter {'/'.join(path)} is {given.get(path, 'missing')}, "
+                f"but the model's is {wanted.get(path, 'not there')}; merge adapters, "
+                "and export with the model that was trained."
+            )
+
+
+def _config_fields(
+    config: transformer.ModelConfig, source: str | os.PathLike | None
+) -> dict[str, Any]:
+    """Of the source, if it is the same model: it knows more, as its end tokens."""
+    if source is not None and (pathlib.Path(source) / CONFIG).is_file():
+        fields = _read_json(pathlib.Path(source) / CONFIG)
+        with contextlib.suppress(errors.UserError):
+            theirs = huggingface_config.parse(fields, str(source))
+            # How we run it is not part of the file.
+            ours = dataclasses.replace(
+                config,
+                compute_dtype=theirs.compute_dtype,
+                remat=theirs.remat,
+                unroll=theirs.unroll,
+                init_scale=theirs.init_scale,
+                residual_init=theirs.residual_init,
+            )
+            if ours == theirs:
+                fields.pop("torch_dtype", None)
+                return {**fields, "dtype": "float32"}
+    return huggingface_config.render(config)
+
+
+def _copy_companions(source: pathlib.Path, target: pathlib.Path) -> None:
+    if not source.is_dir():
+        raise errors.UserError(
+            f"export: source folder {source} not found; give the folder that the "
+            "model was loaded from."
+        )
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, int]:
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: getattr(tokenizer, name, None) for name in names}
+    return {name: value for name, value in ids.items() if value is not None}
+
+
+def _write_weights(
+    folder: pathlib.Path,
+    model: transformer.LanguageModel,
+    params: types.Params,
+    max_bytes: int,
+) -> None:
+    """One shard in memory at a time."""
+    shards: list[list[Tensor]] = [[]]
+    filled = total = 0
+    for tensor in tensors(model):
+        size = 4 * int(np.prod(tensor.shape))
+        if shards[-1] and filled + size > max_bytes:
+            shards.append([])
             filled = 0
-        shards[-1][name] = value
-        filled += value.nbytes
-    metadata = {"format": "pt"}
-    if len(shards) == 1:
-        path = folder / "model.safetensors"
-        safetensors.numpy.save_file(shards[0], path, metadata=metadata)
-        return
+        shards[-1].append(tensor)
+        filled, total = filled + size, total + size
     weight_map = {}
     for i, shard in enumerate(shards, 1):
         name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        safetensors.numpy.save_file(shard, folder / name, metadata=metadata)
-        weight_map |= dict.fromkeys(shard, name)
-    total = sum(value.nbytes for value in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        if len(shards) == 1:
+            name = WEIGHTS
+        values = {tensor.name: _value(params, tensor) for tensor in shard}
+        safetensors.numpy.save_file(values, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(values, name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / INDEX, index)
 
 
-def _set(nested: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    for name in path[:-1]:
-        nested = nested.setdefault(name, {})
-    nested[path[-1]] = value
+def _value(params: types.Params, tensor: Tensor) -> np.ndarray:
+    leaf = params
+    for name in tensor.path:
+        leaf = leaf[name]
+    value = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer], np.float32)
+    return np.ascontiguousarray(value.T if tensor.transposed else value)
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _replace(partial: pathlib.Path, folder: pathlib.Path) -> None:
+    """Renames `partial` to `folder`; what was there goes only once the new one is."""
+    old = _sibling(folder, "old")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    if old.is_dir():
+        shutil.rmtree(old)
+    else:
+        old.unlink(missing_ok=True)
+
+
+def _sibling(folder: pathlib.Path, what: str) -> pathlib.Path:
+    """A hidden name beside `folder` that nobody else uses: on the same disk."""
+    folder = folder.absolute()
+    return folder.with_name(f".{folder.name}.{what}.{uuid.uuid4().hex[:8]}")

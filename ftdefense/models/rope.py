@@ -1,4 +1,8 @@
-"""Rotary positions, with the scalings that Llama checkpoints use."""
+"""Rotary positions: frequencies, their scalings, and the rotation of heads.
+
+Source: Su et al. 2021, arXiv:2104.09864; the pairing of dimensions (i with i + Dh/2)
+and the Llama-3 scaling are those of the published Llama checkpoints.
+"""
 
 import dataclasses
 import math
@@ -10,11 +14,15 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How frequencies are stretched beyond the pretraining context.
+    """How wavelengths are stretched beyond the context of pretraining.
 
-    `kind` is `linear` (all frequencies divided by `factor`) or `llama3` (only those
-    whose wavelength exceeds the original context, with a smooth transition).
-    Source: the Llama 3.1 release, as documented in transformers' rope utilities.
+    Attributes:
+      kind: "linear" divides every frequency by `factor`; "llama3" divides low ones,
+        keeps high ones and blends between.
+      factor: the divisor.
+      low_freq_factor: llama3; wavelengths above original / low are divided.
+      high_freq_factor: llama3; wavelengths below original / high are kept.
+      original_max_length: llama3; tokens of context before the extension.
     """
 
     kind: str
@@ -25,26 +33,34 @@ class RopeScaling:
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-    """Angular frequencies in radians per token, float32 [head_dim / 2]."""
-    base = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+    """Radians per token of each pair of dimensions, float32 [head_dim / 2]."""
+    base = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     if scaling is None:
-        return base
-    if scaling.kind == "linear":
-        return base / scaling.factor
-    wavelength = 2 * math.pi / base
-    context = scaling.original_max_length
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    smooth = np.clip((context / wavelength - low) / (high - low), 0, 1)
-    blended = (1 - smooth) * base / scaling.factor + smooth * base
-    return blended.astype(np.float32)
+        scaled = base
+    elif scaling.kind == "linear":
+        scaled = base / scaling.factor
+    elif scaling.kind == "llama3":
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        turns = scaling.original_max_length * base / (2 * math.pi)
+        kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        scaled = base * (kept + (1 - kept) / scaling.factor)
+    else:
+        raise ValueError(f"rope scaling {scaling.kind!r} is neither linear nor llama3.")
+    return scaled.astype(np.float32)
 
 
-def rotate(x_BxLxHxK: jax.Array, angles_BxLxF: jax.Array) -> jax.Array:
-    """Rotates the pairs (i, i + K/2) of each head by the angle of its position."""
-    cos = jnp.cos(angles_BxLxF)[:, :, None, :]
-    sin = jnp.sin(angles_BxLxF)[:, :, None, :]
-    first, second = jnp.split(x_BxLxHxK.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    )
-    return rotated.astype(x_BxLxHxK.dtype)
+def turns(
+    positions_BxL: jax.Array, frequencies_C: np.ndarray
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines, float32 [B, L, 1, head_dim / 2], at each position."""
+    positions_BxLx1x1 = positions_BxL.astype(jnp.float32)[:, :, None, None]
+    angles_BxLx1xC = positions_BxLx1x1 * frequencies_C.reshape(1, 1, 1, -1)
+    return jnp.cos(angles_BxLx1xC), jnp.sin(angles_BxLx1xC)
+
+
+def rotate(x_BxLxHxC: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns dimension i of each head against i + C/2; float32 inside."""
+    cos, sin = turn
+    first, second = jnp.split(x_BxLxHxC.astype(jnp.float32), 2, axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(turned, axis=-1).astype(x_BxLxHxC.dtype)

@@ -1,4 +1,8 @@
-"""A model with four leaves and no attention, for contract tests and closed forms."""
+"""The smallest thing with the interface of a model: four leaves, no attention.
+
+For tests of methods: it compiles in a fraction of a transformer's time, and has its
+sites, its stacked kernels, its LoRA and its names.
+"""
 
 import dataclasses
 from typing import Any
@@ -7,44 +11,46 @@ import jax
 import jax.numpy as jnp
 
 from ftdefense.core import types
+from ftdefense.models import layers
+
+LAYERS = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Toy:
-    """Two causal-mean layers over embeddings; kernels that LoRA can adapt.
+    """Each layer adds the mean of what came before, then a small network of the sum.
 
     Parameters: embed/embedding [V, D], layers/mix/up/kernel and layers/mix/down/kernel
     [2, D, D], lm_head/kernel [D, V].
     """
 
-    vocab_size: int = 11
+    vocab: int = 11
     width: int = 8
 
     def init(self, rng: types.Rng) -> types.Params:
-        """Random parameters with deviation 0.3."""
-        shapes = {
-            "embed": {"embedding": (self.vocab_size, self.width)},
+        """Normal parameters of deviation width ** -0.5."""
+
+        def normal(i: int, *shape: int) -> jax.Array:
+            return self.width**-0.5 * jax.random.normal(
+                jax.random.fold_in(rng, i), shape
+            )
+
+        square = (LAYERS, self.width, self.width)
+        return {
+            "embed": {"embedding": normal(0, self.vocab, self.width)},
             "layers": {
                 "mix": {
-                    "up": {"kernel": (2, self.width, self.width)},
-                    "down": {"kernel": (2, self.width, self.width)},
+                    "up": {"kernel": normal(1, *square)},
+                    "down": {"kernel": normal(2, *square)},
                 }
             },
-            "lm_head": {"kernel": (self.width, self.vocab_size)},
+            "lm_head": {"kernel": normal(3, self.width, self.vocab)},
         }
-        leaves, structure = jax.tree.flatten(
-            shapes, is_leaf=lambda x: isinstance(x, tuple)
-        )
-        keys = jax.random.split(rng, len(leaves))
-        return jax.tree.unflatten(
-            structure,
-            [0.3 * jax.random.normal(k, s) for k, s in zip(keys, leaves, strict=True)],
-        )
 
     def __call__(
         self,
         params: types.Params,
-        tokens: jax.Array,
+        tokens_BxL: jax.Array,
         *,
         lora: types.Params | None = None,
         intervene: types.Intervention | None = None,
@@ -52,36 +58,62 @@ class Toy:
         rng: types.Rng | None = None,
         dropout: float | jax.Array = 0.0,
     ) -> types.Outputs:
-        """See `core.types.Model`; dropout is not modelled."""
-        del rng, dropout
+        """See `core.types.Model`; computes in the dtype of the embedding."""
+        edit = layers.editor(intervene)
+        lora = lora or {}
+        rngs = None if rng is None else jax.random.split(rng, (LAYERS + 1, 2))
+        embed_BxLxD = params["embed"]["embedding"][tokens_BxL]
+        embed_BxLxD = edit(embed_BxLxD, "embed", jnp.int32(0), None)
 
-        def at(site, hidden, layer):
-            if intervene is None:
-                return hidden
-            tap = None
-            if layer is not None:
-                tap = jax.tree.map(lambda leaf: leaf[layer], taps)
-            return intervene(hidden, site, jnp.int32(layer or 0), tap)
+        def block(x_BxLxD, inputs):
+            layer, tap, weights, factors, rngs = inputs
+            up_rng, down_rng = (None, None) if rngs is None else rngs
 
-        def linear(x, name, layer):
-            y = x @ params["layers"]["mix"][name]["kernel"][layer]
-            factors = ((lora or {}).get("layers", {}).get("mix", {})).get(name)
-            if factors is None:
-                return y
-            return y + (x @ factors["a"][layer]) @ factors["b"][layer]
+            def project(x_BxLxD, name, rng):
+                low = factors.get(name)
+                return _project(x_BxLxD, weights[name], low, rng, dropout)
 
-        length = tokens.shape[1]
-        mean = jnp.tril(jnp.ones((length, length), params["lm_head"]["kernel"].dtype))
-        mean = mean / jnp.sum(mean, axis=-1, keepdims=True)
-        x = at("embed", params["embed"]["embedding"][tokens], None)
-        embed, hidden = x, {"attn": [], "mlp": [], "resid": []}
-        for layer in range(2):
-            attn = at("attn", jnp.einsum("ts,bsd->btd", mean, x), layer)
-            mlp = linear(jnp.tanh(linear(x + attn, "up", layer)), "down", layer)
-            mlp = at("mlp", mlp, layer)
-            x = at("resid", x + attn + mlp, layer)
-            for name, value in (("attn", attn), ("mlp", mlp), ("resid", x)):
-                hidden[name].append(value)
-        stacked = {name: jnp.stack(values) for name, values in hidden.items()}
-        logits = x @ params["lm_head"]["kernel"]
-        return types.Outputs(logits, {"embed": embed, **stacked})
+            attn_BxLxD = edit(_mean_so_far(x_BxLxD), "attn", layer, tap)
+            x_BxLxD = x_BxLxD + attn_BxLxD
+            inner_BxLxD = jnp.tanh(project(x_BxLxD, "up", up_rng))
+            mlp_BxLxD = project(inner_BxLxD, "down", down_rng)
+            mlp_BxLxD = edit(mlp_BxLxD, "mlp", layer, tap)
+            x_BxLxD = edit(x_BxLxD + mlp_BxLxD, "resid", layer, tap)
+            return x_BxLxD, {"attn": attn_BxLxD, "mlp": mlp_BxLxD, "resid": x_BxLxD}
+
+        inputs = (
+            jnp.arange(LAYERS, dtype=jnp.int32),
+            taps,
+            params["layers"]["mix"],
+            lora.get("layers", {}).get("mix", {}),
+            None if rngs is None else rngs[:LAYERS],
+        )
+        x_BxLxD, hidden = jax.lax.scan(block, embed_BxLxD, inputs, unroll=True)
+        logits_BxLxV = _project(
+            x_BxLxD,
+            params["lm_head"],
+            lora.get("lm_head"),
+            None if rngs is None else rngs[LAYERS, 0],
+            dropout,
+        )
+        wide = jnp.promote_types(logits_BxLxV.dtype, jnp.float32)
+        hidden = {"embed": embed_BxLxD, **hidden}
+        return types.Outputs(logits_BxLxV.astype(wide), hidden)
+
+
+def _project(x_BxLxD, module, factors, rng, dropout):
+    """`x W + (dropout(x) A) B`, in the dtype of x."""
+    y = layers.dot(x_BxLxD, module["kernel"])
+    if factors is None:
+        return y
+    if rng is not None:
+        x_BxLxD = layers.drop(x_BxLxD, rng, dropout)
+    return y + layers.dot(layers.dot(x_BxLxD, factors["a"]), factors["b"])
+
+
+def _mean_so_far(x_BxLxD: jax.Array) -> jax.Array:
+    """Mean over each token and those before it: causal, as attention would be."""
+    length, dtype = x_BxLxD.shape[1], x_BxLxD.dtype
+    weights_LxL = jnp.tril(jnp.ones((length, length), dtype))
+    weights_LxL /= jnp.arange(1, length + 1, dtype=dtype)[:, None]
+    return jnp.einsum("ts,bsd->btd", weights_LxL, x_BxLxD)

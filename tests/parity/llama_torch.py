@@ -41,7 +41,7 @@ def logits(params, tokens, config, shifts=None):
     """[B, L, V]; `shifts[layer]` [B, L, D] is added to layer l's attention output."""
     x = params["embed"]["embedding"][tokens]
     batch, length = tokens.shape
-    width = config.head_width
+    width = config.head_dim
     hidden = torch.ones(length, length).tril() == 0
     stack = params["layers"]
     for layer in range(config.layers):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 
+from ftdefense.core import errors
 from ftdefense.data import examples as data_examples
 from ftdefense.data.sandbox import skills
 from ftdefense.data.sandbox import vocabulary as words
@@ -61,3 +62,10 @@ WRAPPERS: dict[str, Wrapper] = {
     "prefill": prefill,
     "paraphrase": paraphrase,
 }
+
+
+def wrapper(name: str) -> Wrapper:
+    """A wrapper by name; UserError with near matches otherwise."""
+    if name not in WRAPPERS:
+        raise errors.unknown("wrapper", name, WRAPPERS)
+    return WRAPPERS[name]

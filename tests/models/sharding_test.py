@@ -1,0 +1,128 @@
+"""Sharded over eight simulated devices, the decoder computes what it does on one."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import optax
+import pytest
+
+from ftdefense.core import errors
+from ftdefense.methods import adapters
+from ftdefense.models import sharding
+from ftdefense.models import transformer
+
+MODEL = transformer.LanguageModel(
+    transformer.ModelConfig(
+        vocab_size=24,
+        width=16,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        mlp_width=32,
+        attention_bias=True,
+        qk_norm=True,
+    )
+)
+
+
+def shapes():
+    return jax.eval_shape(MODEL.init, jax.random.key(0))
+
+
+def test_every_parameter_has_names_for_its_axes():
+    """Catches swapped (in, out) of o and down: both would be sharded on one side."""
+    axes = sharding.logical_axes(shapes())
+    layer = axes["layers"]
+    assert axes["embed"]["embedding"] == ("vocab", "embed")
+    assert axes["lm_head"]["kernel"] == ("embed", "vocab")
+    assert axes["final_norm"]["scale"] == (None,)
+    assert layer["attention"]["q"]["kernel"] == ("layers", "embed", "heads")
+    assert layer["attention"]["o"]["kernel"] == ("layers", "heads", "embed")
+    assert layer["attention"]["k"]["bias"] == ("layers", "heads")
+    assert layer["attention"]["q_norm"]["scale"] == ("layers", None)
+    assert layer["mlp"]["up"]["kernel"] == ("layers", "embed", "mlp")
+    assert layer["mlp"]["down"]["kernel"] == ("layers", "mlp", "embed")
+
+
+def test_factors_and_optimizer_states_follow_their_parameters():
+    """Catches states that are replicated: they are two thirds of the memory."""
+    lora = jax.eval_shape(
+        lambda p: adapters.LoRA(rank=2).init(p, jax.random.key(0)), shapes()
+    )
+    down = sharding.logical_axes(lora)["layers"]["mlp"]["down"]
+    assert down == {"a": ("layers", "mlp", None), "b": ("layers", None, "embed")}
+    state = jax.eval_shape(optax.adam(1e-3).init, shapes())
+    axes = sharding.logical_axes(state)[0]
+    assert axes.mu == sharding.logical_axes(shapes())
+    assert axes.count == ()
+    stacked = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((5, *x.shape), x.dtype), shapes()
+    )
+    up = sharding.logical_axes(stacked)["layers"]["mlp"]["up"]["kernel"]
+    assert up == (None, "layers", "embed", "mlp")
+
+
+def test_too_few_devices_are_named():
+    """Catches a mesh that is silently smaller than asked for."""
+    with pytest.raises(errors.UserError, match="fsdp=4 .* does not fit on 1 devices"):
+        sharding.mesh(fsdp=4, devices=jax.devices()[:1])
+
+
+PROGRAM = """
+import jax, jax.numpy as jnp, numpy as np
+from ftdefense.core import types
+from ftdefense.models import sharding, transformer
+from ftdefense.objectives import losses
+
+assert len(jax.devices()) == 8
+model = transformer.LanguageModel(
+    transformer.ModelConfig(
+        vocab_size=24, width=16, layers=2, heads=4, kv_heads=2, mlp_width=32
+    )
+)
+params = model.init(jax.random.key(0))
+batch = types.Batch(
+    jax.random.randint(jax.random.key(1), (8, 6), 0, 24), jnp.ones((8, 6))
+)
+step = jax.jit(jax.value_and_grad(losses.next_token(model)))
+loss, grads = step(params, batch)
+for sizes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 8}):
+    mesh = sharding.mesh(**sizes)
+    placed = jax.device_put(params, sharding.shardings(params, mesh))
+    up = placed["layers"]["mlp"]["up"]["kernel"]
+    parts = sizes.get("fsdp", 1) * sizes["tensor"]
+    assert up.addressable_shards[0].data.size * parts == up.size
+    rows = jax.device_put(batch, sharding.batch_sharding(mesh))
+    sharded_loss, sharded_grads = step(placed, rows)
+    np.testing.assert_allclose(sharded_loss, loss, atol=1e-5)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), sharded_grads, grads
+    )
+odd = {"mlp": {"up": {"kernel": jnp.zeros((3, 4))}}}
+specs = sharding.shardings(odd, sharding.mesh(fsdp=2, tensor=2))
+assert tuple(specs["mlp"]["up"]["kernel"].spec) == (None, "tensor")
+jax.device_put(odd, specs)
+"""
+
+
+def test_sharded_loss_and_gradient_equal_those_of_one_device():
+    """Catches a rule that shards an axis twice, odd axes that are sharded all the
+    same, and a norm or softmax over a part of its axis.
+    """
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
