@@ -40,8 +40,8 @@ def main() -> None:
     seed = settings.seeds()[0]
     before, after = {}, {}
     for control in ("none", "never"):
-        plan = bench.plan("defenses", control)
-        release = bench.defended(control, plan, seed)
+        (defense,) = settings.chosen(bench, "defenses", [control])
+        release = bench.defended(control, defense.plan, seed)
         before[control] = evaluate(types.Release(release.params)).row()
         attack = bench.plan("attacks", "sft")
         attack = dataclasses.replace(

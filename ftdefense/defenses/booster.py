@@ -70,10 +70,10 @@ _CODE = Hparams(
 PRESETS = {
     "sandbox": plans.Plan(
         Hparams(
-            optimizers.Optimizer(3e-4, schedules.Schedule(0.1, 0.05, decay="cosine")),
-            lam=1.0,
+            optimizers.Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine")),
+            lam=0.5,
         ),
-        source="DESIGN: lam by its naive attack; BUILD_NOTES.md, Sandbox presets",
+        source="DESIGN: BUILD_NOTES.md, Sandbox presets",
     ),
     "code": plans.Plan(
         _CODE,

@@ -40,7 +40,7 @@ def method(model: types.Model) -> types.Method:
 PRESETS = {
     "sandbox": plans.Plan(
         Hparams(
-            optimizers.Optimizer(3e-4, schedules.Schedule(0.1, 0.05, decay="cosine"))
+            optimizers.Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine"))
         ),
         source="DESIGN: the budget of `none`",
     ),

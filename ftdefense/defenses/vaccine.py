@@ -100,10 +100,10 @@ _LORA = adapters.LoRA(alpha=4.0, dropout=0.1, rank=8)
 PRESETS = {
     "sandbox": plans.Plan(
         Hparams(
-            optimizers.Optimizer(3e-4, schedules.Schedule(0.1, 0.05, decay="cosine")),
-            rho=10.0,
+            optimizers.Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine")),
+            rho=5.0,
         ),
-        source="DESIGN: rho by its naive attack; BUILD_NOTES.md, Sandbox presets",
+        source="DESIGN: BUILD_NOTES.md, Sandbox presets",
     ),
     "code": plans.Plan(
         Hparams(optimizers.Optimizer(1e-3, _COSINE, weight_decay=0.1), _LORA),

@@ -33,7 +33,7 @@ class Budgets:
 
 PRESETS = {
     "tiny": Budgets(Budget(720, 64), Budget(96, 64), Budget(48, 32), 4e-3, 8),
-    "small": Budgets(Budget(1200, 128), Budget(300, 128), Budget(192, 32)),
+    "small": Budgets(Budget(1200, 128), Budget(600, 128), Budget(192, 32)),
     "medium": Budgets(Budget(6000, 256), Budget(2000, 256), Budget(800, 64), 2e-3, 32),
 }
 # For a user's own model: no pretraining here.
