@@ -20,7 +20,7 @@ _STYLE = """
   --soft: #a0a0a8; --line: #38383e; --band: #202024; --bad: #ff8a80; --good: #7bd69a; }
   img { background: #fff; border-radius: 6px; padding: 6px; } }
 body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif;
-  color: var(--ink); background: var(--paper); max-width: 62rem; margin: 2.5rem auto;
+  color: var(--ink); background: var(--paper); max-width: 70rem; margin: 2.5rem auto;
   padding: 0 1.2rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin-bottom: .2rem; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
