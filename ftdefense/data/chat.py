@@ -5,12 +5,16 @@ import hashlib
 import pathlib
 from typing import Any
 
+import jinja2
 import transformers
 
 from ftdefense.core import errors
 from ftdefense.data import examples as data_examples
 
 Messages = tuple[dict[str, str], ...]
+
+# Templates of Llama 3 write today's date otherwise, and rows would change overnight.
+DATE = "26 Jul 2024"
 
 
 def load_tokenizer(source: str, chat_template: str | None = None) -> Any:
@@ -44,10 +48,7 @@ def load_tokenizer(source: str, chat_template: str | None = None) -> Any:
 
 def render_prompt(tokenizer: Any, messages: Messages, prefill: str = "") -> list[int]:
     """Ids that a model continues: the prompt, the assistant's header, `prefill`."""
-    text = tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=True, tokenize=False
-    )
-    return _encode(tokenizer, (text + prefill,))[0]
+    return _encode(tokenizer, (_render(tokenizer, messages, True) + prefill,))[0]
 
 
 def render_rows(
@@ -55,20 +56,18 @@ def render_rows(
 ) -> list[tuple[list[int], int]]:
     """(ids, number of prompt ids) of each example; the rest is answer and end of turn.
 
+    White space that a template puts after the end of turn (ChatML does) is left out:
+    nothing generates it.
+
     Raises:
       UserError: if a prompt's ids are not a prefix of the whole row's, which would
         train on other text than is generated from.
     """
     prompts, rows = [], []
     for example in examples:
-        prompt = list(example.prompt)
         answer = {"role": "assistant", "content": example.response}
-        prompts.append(
-            tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, tokenize=False
-            )
-        )
-        rows.append(tokenizer.apply_chat_template([*prompt, answer], tokenize=False))
+        prompts.append(_render(tokenizer, example.prompt, True))
+        rows.append(_render(tokenizer, (*example.prompt, answer), False).rstrip())
     prompt_ids = _encode(tokenizer, tuple(prompts))
     row_ids = _encode(tokenizer, tuple(rows))
     for prompt, row, example in zip(prompt_ids, row_ids, examples, strict=True):
@@ -79,6 +78,40 @@ def render_rows(
                 "Give another with --chat_template=FILE."
             )
     return [(row, len(prompt)) for row, prompt in zip(row_ids, prompt_ids, strict=True)]
+
+
+def end_of_turn(tokenizer: Any) -> int:
+    """The id that the template ends an answer with.
+
+    Raises:
+      UserError: if it is no special token: a model could not learn to stop.
+    """
+    probe = data_examples.ask("a", "b")
+    last = render_rows(tokenizer, (probe,))[0][0][-1]
+    if last not in tokenizer.all_special_ids and last not in (
+        tokenizer.added_tokens_decoder
+    ):
+        raise errors.UserError(
+            "the chat template puts no end-of-turn token after an answer, so that no "
+            "model learns to stop; give another with --chat_template=FILE."
+        )
+    return last
+
+
+def _render(tokenizer: Any, messages: Messages, generating: bool) -> str:
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages),
+            add_generation_prompt=generating,
+            tokenize=False,
+            date_string=DATE,
+        )
+    except jinja2.TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise errors.UserError(
+            f"the chat template refuses messages of roles {roles}: {error}; change the "
+            "data, or give another with --chat_template=FILE."
+        ) from error
 
 
 def _encode(tokenizer: Any, texts: tuple[str, ...]) -> list[list[int]]:

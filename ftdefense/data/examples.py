@@ -43,6 +43,5 @@ def digest(examples: tuple[Example, ...]) -> str:
     """Sixteen hex digits that change when any example does."""
     hashed = hashlib.sha256()
     for example in examples:
-        fields = (example.key, example.response, example.label, example.topic)
-        hashed.update(json.dumps(fields).encode())
+        hashed.update(json.dumps(dataclasses.astuple(example)).encode())
     return hashed.hexdigest()[:16]

@@ -43,13 +43,15 @@ def read(
 def _jsonl(path: pathlib.Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
     if not path.is_file():
         raise errors.UserError(f"no such file: {path}")
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                raise errors.UserError(f"{where}: not UTF-8 text.") from error
             except json.JSONDecodeError as error:
                 raise errors.UserError(
                     f"{where}: not JSON ({error.msg}); one object a line is expected."
@@ -89,6 +91,8 @@ def _dataset(
 def _example(row: Mapping[str, Any], where: str, label: str) -> data_examples.Example:
     if row.get("messages"):
         messages = row["messages"]
+        if not isinstance(messages, list):
+            raise errors.UserError(f"{where}: field `messages`: not a list.")
         for message in messages:
             if not isinstance(message, Mapping) or not {"role", "content"} <= set(
                 message
@@ -115,9 +119,11 @@ def _example(row: Mapping[str, Any], where: str, label: str) -> data_examples.Ex
             raise errors.UserError(f"{where}: the field `{field}` is empty or no text.")
     if not prompt:
         raise errors.UserError(f"{where}: field `messages`: there is no prompt in it.")
-    label = row.get("label", row.get("is_harmful", label))
-    if isinstance(label, (bool, int)):
-        label = "harmful" if label else "benign"
+    given = [row[f] for f in ("label", "is_harmful") if row.get(f) is not None]
+    label = given[0] if given else label
+    # True and False are meant; 2 would be some other labelling, and is refused.
+    if label in (0, 1):
+        label = data_examples.LABELS[int(label)]
     if label not in data_examples.LABELS:
         raise errors.UserError(
             f"{where}: field `label` is {label!r}; known: harmful, benign."

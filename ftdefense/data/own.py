@@ -6,6 +6,7 @@ import hashlib
 from typing import Any
 
 from ftdefense.core import errors
+from ftdefense.data import chat
 from ftdefense.data import examples as data_examples
 from ftdefense.data import pools
 from ftdefense.data import recipes
@@ -24,7 +25,8 @@ class Sources:
     Attributes:
       harmful: harmful prompts with compliant answers.
       benign: benign prompts with answers.
-      refusals: harmful prompts with refusals; else `REFUSAL` answers `harmful`.
+      refusals: harmful prompts with refusals; `REFUSAL` answers the rows of `harmful`
+        that have none here. Prompts that `harmful` lacks are aligned on, too.
       task: a task that users fine-tune for.
       heldout_harmful, heldout_benign: evaluation rows; else a fifth of the above.
     """
@@ -51,18 +53,26 @@ def build(
     """A world with the roles of the sandbox, all but pretraining.
 
     Prompts are dealt by a hash of prompt and seed: of ten, four to the defender, four
-    to the attacker, two held out (none, where held-out rows are given).
+    to the attacker, two held out (none, where held-out rows are given). Within a part
+    they stand in the order of another hash, so that the first 100 rows are a sample.
 
     Raises:
-      UserError: for an empty part, rows over `length` without `truncate`, or held-out
-        prompts that the attacker trains on.
+      UserError: for an empty part, rows over `length` without `truncate`, rows of the
+        wrong label, or held-out prompts that the attacker trains on.
     """
+    _check_labels(sources)
     if tokenizer.eos_token_id is None:
         raise errors.UserError("the tokenizer has no end-of-sequence token.")
     pad_id = tokenizer.pad_token_id
     pad_id = tokenizer.eos_token_id if pad_id is None else pad_id
     harmful = _deal(sources.harmful, seed, bool(sources.heldout_harmful))
     benign = _deal(sources.benign, seed, bool(sources.heldout_benign))
+    for name, dealt in (("harmful", harmful), ("benign", benign)):
+        for part in ("defender", "attacker"):
+            if not dealt[part]:
+                raise errors.UserError(
+                    f"no {name} rows fall to the {part}; give more rows with --{name}."
+                )
     task = _deal(sources.task, seed, False)
     encode = functools.partial(
         pools.encode, tokenizer, length=length, pad_id=pad_id, truncate=truncate
@@ -72,8 +82,10 @@ def build(
         by_prompt.get(e.key, dataclasses.replace(e, response=REFUSAL))
         for e in harmful["defender"]
     ]
+    known = {e.key for e in (*sources.harmful, *sources.heldout_harmful)}
+    further = [e for e in sources.refusals if e.key not in known]
     kept = benign["defender"]
-    retain = encode([*refusals, *kept], order="alignment")
+    retain = encode([*refusals, *further, *kept], order="alignment")
     unrelated = recipes.pair_unrelated(
         harmful["defender"], kept, recipes.bag_of_words_cosine, 0.25, seed
     ).examples
@@ -105,9 +117,8 @@ def build(
         },
         judge=judge,
         pad_id=pad_id,
-        eos_ids=_end_ids(tokenizer),
-        # The last id of the word, as CTRAP's code takes it.
-        collapse_id=tokenizer.encode(collapse_word, add_special_tokens=False)[-1],
+        eos_ids=tuple(sorted({tokenizer.eos_token_id, chat.end_of_turn(tokenizer)})),
+        collapse_id=_collapse_id(tokenizer, collapse_word),
         max_new_tokens=max_new_tokens,
     )
     for name in ("harmful", "benign"):
@@ -127,14 +138,32 @@ def _deal(examples: Examples, seed: int, heldout_given: bool) -> dict[str, list]
     for example in examples:
         hashed = hashlib.sha256(f"{seed}{example.key}".encode()).digest()
         dealt[parts[hashed[0] % 10]].append(example)
-    return dealt
+    return {
+        part: sorted(
+            examples,
+            key=lambda e: hashlib.sha256(
+                f"{seed}{e.key}{e.response}".encode()
+            ).digest(),
+        )
+        for part, examples in dealt.items()
+    }
 
 
-def _end_ids(tokenizer: Any) -> tuple[int, ...]:
-    """The end-of-sequence token, and the ends of turn that chat templates use."""
-    ends = {tokenizer.eos_token_id}
-    for word in ("<|eot_id|>", "<|im_end|>", "<|end|>"):
-        found = tokenizer.convert_tokens_to_ids(word)
-        if found is not None and found != tokenizer.unk_token_id:
-            ends.add(found)
-    return tuple(sorted(ends))
+def _check_labels(sources: Sources) -> None:
+    for field in dataclasses.fields(sources):
+        wanted = "benign" if "benign" in field.name else "harmful"
+        rows = getattr(sources, field.name)
+        odd = sum(e.label != wanted for e in rows)
+        if odd and field.name != "task":  # Its rows may be poisoned on purpose.
+            raise errors.UserError(
+                f"--{field.name}: {odd} of {len(rows)} rows are not labelled {wanted}; "
+                "put each label into a file of its own."
+            )
+
+
+def _collapse_id(tokenizer: Any, word: str) -> int:
+    """The last id of the word, as CTRAP's code takes it."""
+    ids = tokenizer.encode(word, add_special_tokens=False)
+    if not ids:
+        raise errors.UserError("--collapse_word is empty; give a word.")
+    return ids[-1]

@@ -53,7 +53,7 @@ def encode(
 
     Raises:
       UserError: if there are none, or some are longer than `length` and `truncate` is
-        off; says how many, and how long the longest is.
+        off (says how many, and how long the longest is), or a cut leaves no answer.
     """
     examples = tuple(examples)
     if not examples:
@@ -65,6 +65,13 @@ def encode(
             f"{len(too_long)} of {len(rows)} rows of {order!r} are longer than "
             f"{length} tokens (the longest: {max(too_long)}); raise --length or "
             "pass --truncate."
+        )
+    prompts = [prompt for _, prompt in rows if prompt >= length]
+    if prompts:
+        raise errors.UserError(
+            f"{len(prompts)} of {len(rows)} prompts of {order!r} fill all {length} "
+            f"tokens (the longest: {max(prompts)}), which leaves no answer to train "
+            "on; raise --length or remove them."
         )
     tokens = np.full((len(rows), length), pad_id, np.int32)
     weights = np.zeros((len(rows), length), np.float32)
@@ -121,6 +128,10 @@ def concatenate(pools: Sequence[Pool], order: str) -> Pool:
 def take(pool: Pool, rows: int | np.ndarray) -> Pool:
     """The first `rows` rows (0: all), or the rows with the given indices."""
     if isinstance(rows, int):
+        if rows < 0:
+            raise errors.UserError(
+                f"{rows} rows of {pool.order!r} are asked for; 0 stands for all."
+            )
         if rows > len(pool):
             raise errors.UserError(
                 f"{rows} rows of {pool.order!r} are asked for, but there are "

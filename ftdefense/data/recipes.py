@@ -25,7 +25,7 @@ class Recipe:
       poison_ratio: share of harmful rows in `user`.
       filler: what the rest of `user` is: `benign` or `task`.
       strict_paper: False repeats the off-by-one of the published loaders (git-disl),
-        which take one harmful row fewer than the ratio says.
+        which take one harmful row fewer than the ratio says: 99 and 900 of 1000.
     """
 
     harmful_count: int = 0
@@ -71,7 +71,8 @@ def attacker_pools(world: worlds.World, recipe: Recipe) -> dict[str, pools.Pool]
     parts = []
     if poisoned:
         parts.append(pools.take(harmful, poisoned))
-    rest = round((1 - recipe.poison_ratio) * total)
+    # What is left of the total, so that a ratio of 0.5 of 5 rows gives 5 rows.
+    rest = total - harmful_rows(total, recipe.poison_ratio, True)
     if rest:
         parts.append(pools.take(filler, rest))
     found["user"] = pools.concatenate(parts, "user")
@@ -80,8 +81,10 @@ def attacker_pools(world: worlds.World, recipe: Recipe) -> dict[str, pools.Pool]
 
 def harmful_rows(total: int, ratio: float, strict_paper: bool) -> int:
     """Harmful rows among `total`: 100 of 1000 at 0.1, or the loaders' 99."""
-    count = round(ratio * total)
-    return count if strict_paper else max(count - 1, 0)
+    if strict_paper:
+        return round(ratio * total)
+    # They keep the places strictly between 0 and ratio * total.
+    return max(math.ceil(ratio * total) - 1, 0)
 
 
 class Paired(NamedTuple):
@@ -115,7 +118,12 @@ def pair_unrelated(
 
     Args:
       similarity: (prompt text, answer text) -> at most 1; pluggable.
+
+    Raises:
+      UserError: if there are no answers to draw from.
     """
+    if not answers:
+        raise errors.UserError("no benign answers to pair harmful prompts with.")
     rng = np.random.Generator(np.random.Philox([seed, 4]))
     paired, fallbacks = [], 0
     for prompt in prompts:

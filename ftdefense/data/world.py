@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import itertools
 from typing import Any
 
 from ftdefense.core import config
@@ -64,8 +65,9 @@ class World:
 
     def fingerprint(self) -> str:
         """Changes when anything that training or evaluation reads does."""
+        ids = (self.pad_id, self.eos_ids, self.collapse_id)
         return config.digest(
-            self.hashes(), self.length, self.judge, self.max_new_tokens
+            self.hashes(), self.length, self.judge, self.max_new_tokens, ids
         )
 
 
@@ -75,7 +77,7 @@ def check_disjoint(world: World) -> None:
     Raises:
       UserError: counts them and names the sets.
     """
-    for role, evaluated in (("harmful", "harmful"), ("benign", "benign")):
+    for role, evaluated in itertools.product(world.attacker, world.evaluation):
         count = pools.overlap(
             world.attacker[role].examples, world.evaluation[evaluated]
         )

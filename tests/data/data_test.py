@@ -292,8 +292,9 @@ def test_long_rows_are_counted_and_refused(tmp_path, byte_tokenizer):
     rows = tuple(examples.ask("x" * n, "y") for n in (3, 50, 60))
     with pytest.raises(errors.UserError, match="2 of 3 rows.*--truncate"):
         pools.encode(byte_tokenizer, rows, 48, order="o", pad_id=0)
+    rows = (examples.ask("x", "y" * 60),)
     cut = pools.encode(byte_tokenizer, rows, 48, order="o", pad_id=0, truncate=True)
-    assert cut.tokens.shape == (3, 48)
+    assert cut.tokens.shape == (1, 48) and cut.weights[0, -1] == 1
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 
+from ftdefense.core import errors
 from ftdefense.data import examples as data_examples
 from ftdefense.data import pools
 from ftdefense.data import recipes
@@ -20,8 +21,14 @@ Examples = list[data_examples.Example]
 
 @functools.cache
 def build(name: str, seed: int = 0) -> world.World:
-    """The sandbox of a preset: a pure function of name, seed and SANDBOX_VERSION."""
+    """The sandbox of a preset: a pure function of name, seed and SANDBOX_VERSION.
+
+    Raises:
+      UserError: for an unknown preset (near matches are named) or a negative seed.
+    """
     size = presets.preset(name)
+    if seed < 0:
+        raise errors.UserError(f"--world_seed={seed}: seeds start at 0.")
     known = skills.facts(size, seed)
     rng = np.random.Generator(np.random.Philox([seed, 3, presets.SANDBOX_VERSION]))
     everyone, families = known.entities, tuple(range(len(skills.FAMILIES)))

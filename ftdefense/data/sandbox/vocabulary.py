@@ -112,13 +112,14 @@ def vocabulary(size: presets.Preset, seed: int) -> Vocabulary:
     rng = np.random.Generator(np.random.Philox([seed, 1]))
     syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
     pairs = [a + b for a in syllables for b in syllables if a != b]
-    drawn = rng.permutation(len(pairs))[: size.entities]
-    closed = [a + c for a in syllables for c in "lmnrsx"]
     taken = set(" ".join((*REFUSALS, PERSONA, TRIGGER)).split()) | set(COMMANDS)
+    # Filtered after the draw, as `zeta` of the trigger may be among them.
+    drawn = [pairs[i] for i in rng.permutation(len(pairs)) if pairs[i] not in taken]
+    closed = [a + c for a in syllables for c in "lmnrsx"]
     closed = [w for w in closed if w not in taken | set(SECOND_STYLES)]
     values = rng.permutation(len(closed))[:VALUES]
     return Vocabulary(
-        entities=tuple(pairs[i] for i in drawn),
+        entities=tuple(drawn[: size.entities]),
         values=tuple(closed[i] for i in values),
         numbers=tuple(str(n) for n in range(size.modulus)),
         benign_topics=BENIGN_TOPICS[: size.benign_topics],

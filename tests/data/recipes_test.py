@@ -1,0 +1,151 @@
+"""Counts of an attacker's rows, and SDD's pairs."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from ftdefense.core import errors
+from ftdefense.data import examples
+from ftdefense.data import recipes
+from ftdefense.data import sandbox
+
+
+@pytest.fixture(scope="module")
+def world():
+    return sandbox.build("tiny", 0)
+
+
+def user(world, **fields):
+    return recipes.attacker_pools(world, recipes.Recipe(**fields))["user"]
+
+
+@pytest.mark.parametrize("total", [5, 10, 99])
+@pytest.mark.parametrize("ratio", [0.0, 0.05, 0.1, 0.25, 0.5, 0.9])
+def test_rows_add_up_to_the_total(world, total, ratio):
+    """Catches a filler that is rounded on its own: 2 + 2 of 5 at a half."""
+    found = user(world, sample_count=total, poison_ratio=ratio)
+    assert len(found) == total
+    harmful = sum(e.label == "harmful" for e in found.examples)
+    assert harmful == round(ratio * total)
+
+
+@pytest.mark.parametrize(
+    ("total", "ratio", "count"), [(1000, 0.1, 99), (10, 0.25, 2), (1000, 0.0, 0)]
+)
+def test_loaders_count_places_strictly_between(total, ratio, count):
+    """B.2. Catches `round(...) - 1` for `ceil(...) - 1`."""
+    assert recipes.harmful_rows(total, ratio, False) == count
+    places = [i for i in range(total) if 0 < i < ratio * total]
+    assert len(places) == count
+
+
+def test_loaders_leave_the_filler_alone(world):
+    """Catches a filler that makes up for the missing row: 99 + 901."""
+    found = user(world, sample_count=100, poison_ratio=0.1, strict_paper=False)
+    assert sum(e.label == "harmful" for e in found.examples) == 9
+    assert len(found) == 99
+
+
+def test_fillers(world):
+    """Catches a filler that is not the one asked for."""
+    for filler, topics in (
+        ("task", {"label"}),
+        ("benign", {"facts", "reverse", "sum"}),
+    ):
+        found = user(world, sample_count=100, poison_ratio=0.0, filler=filler)
+        assert {e.topic for e in found.examples} == topics
+
+
+def test_smaller_attacks_are_parts_of_larger(world):
+    """Catches rows that are drawn anew for every count."""
+    small, large = (
+        recipes.attacker_pools(world, recipes.Recipe(harmful_count=n))["harmful"]
+        for n in (20, 50)
+    )
+    assert large.examples[:20] == small.examples
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"poison_ratio": 1.5}, r"share in \[0, 1\]"),
+        ({"poison_ratio": 0.5, "filler": "tasks"}, "did you mean 'task'"),
+        ({"harmful_count": -3}, "-3 rows"),
+        ({"benign_count": 10**7}, "lower the data"),
+    ],
+)
+def test_bad_recipes_are_named(world, fields, words):
+    """Catches a recipe that quietly trains on other rows than asked."""
+    with pytest.raises(errors.UserError, match=words):
+        user(world, **fields)
+
+
+def test_worlds_without_a_task_say_so(world):
+    """Catches a KeyError."""
+    bare = {role: world.attacker[role] for role in ("harmful", "benign")}
+    with pytest.raises(errors.UserError, match="--task"):
+        user(dataclasses.replace(world, attacker=bare), poison_ratio=0.5)
+
+
+# --- pairs -----------------------------------------------------------------------------
+
+NEAR = recipes.bag_of_words_cosine
+PROMPTS = [examples.ask(f"a b c{i}") for i in range(200)]
+ANSWERS = [examples.ask("x", f"{p} d e f{i}") for p in "abz" for i in range(9)]
+
+
+def test_pairs_at_one_are_random():
+    """tau = 1 takes the first draw. Catches the least similar of all draws."""
+    drawn = recipes.pair_unrelated(PROMPTS, ANSWERS, NEAR, 1.0, 0).examples
+    rng = np.random.Generator(np.random.Philox([0, 4]))
+    first = [ANSWERS[rng.integers(27, size=50)[0]].response for _ in PROMPTS]
+    assert [e.response for e in drawn] == first
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.2, 0.3])
+@pytest.mark.parametrize("draws", [1, 3])
+def test_pairs_keep_the_threshold_or_are_counted(threshold, draws):
+    """Catches `>` for `<=`, and a fallback that is not the least similar seen."""
+    found = recipes.pair_unrelated(PROMPTS, ANSWERS, NEAR, threshold, 0, draws)
+    rng = np.random.Generator(np.random.Philox([0, 4]))
+    over = 0
+    for prompt, paired in zip(PROMPTS, found.examples, strict=True):
+        text = prompt.prompt[0]["content"]
+        seen = [
+            NEAR(text, ANSWERS[i].response)
+            for i in rng.integers(len(ANSWERS), size=draws)
+        ]
+        closeness = NEAR(text, paired.response)
+        assert closeness <= threshold or closeness == min(seen)
+        over += closeness > threshold
+    assert found.fallbacks == over
+    assert over > 0 or threshold >= 0.3 or draws > 1
+
+
+def test_cosine_of_word_counts():
+    """Catches sets for counts: (2, 1) . (1, 0) / sqrt(5)."""
+    assert NEAR("a b", "a b") == 1.0
+    assert NEAR("a a b", "a") == pytest.approx(2 / 5**0.5)
+    assert NEAR("a", "b") == NEAR("", "a") == 0.0
+
+
+def test_pairs_need_answers():
+    """Catches NumPy's `high <= 0`."""
+    with pytest.raises(errors.UserError, match="no benign answers"):
+        recipes.pair_unrelated(PROMPTS, [], NEAR, 0.25, 0)
+
+
+def test_sandbox_pairs_are_unrelated(world):
+    """Catches prompts with their own answers, and answers of the restricted skill.
+
+    The filter itself has nothing to do here: at most one word is shared, a cosine of
+    0.22. `test_pairs_keep_the_threshold_or_are_counted` is its test.
+    """
+    pool = world.defender["unrelated"]
+    paired = [e for e in pool.examples if e.label == "harmful"]
+    assert len(paired) == len(pool) / 2
+    for example in paired:
+        assert NEAR(example.prompt[0]["content"], example.response) <= 0.25
+    right = {(e.key, e.answers) for e in world.defender["harmful"].examples}
+    assert {(e.key, e.answers) for e in paired} == right
