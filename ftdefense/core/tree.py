@@ -47,11 +47,6 @@ def cosine(x: Any, y: Any) -> jax.Array:
     return jnp.where(lengths > 0, dot(x, y) / jnp.where(lengths > 0, lengths, 1), 0.0)
 
 
-def stack(trees: list[Any]) -> Any:
-    """Stacks trees of one structure along a new leading axis."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-
 def size(x: Any) -> int:
     """Number of scalars in all leaves."""
     return sum(leaf.size for leaf in jax.tree.leaves(x))

@@ -42,7 +42,8 @@ class Outputs:
     Attributes:
       logits: float32 [B, L, V].
       hidden: `embed` [B, L, D] (token embeddings); `attn`, `mlp` [N, B, L, D] (module
-        outputs before the residual add); `resid` [N, B, L, D] (after each block).
+        outputs before the residual add); `resid` [N, B, L, D] (after each block);
+        `final` [B, L, D] (after the last norm: what the head reads).
     """
 
     logits: jax.Array
@@ -80,6 +81,11 @@ class Model(Protocol):
         rng: Rng | None = None,
         dropout: float | jax.Array = 0.0,
     ) -> Outputs: ...
+
+    def readout(
+        self, params: Params, hidden_BxLxD: jax.Array, *, lora: Params | None = None
+    ) -> jax.Array:
+        """Logits [B, L, V] of any hidden state: the last norm, then the head."""
 
 
 @struct.dataclass
@@ -120,12 +126,20 @@ class Context(NamedTuple):
       model: (trainable params, tokens, ...) -> Outputs; the adapter is bound already.
       lineage: read-only parameters of earlier stages.
       hp: the method's hyperparameters, numbers possibly traced.
+      readout: (trainable params, hidden [B, L, D]) -> logits [B, L, V].
+      reference: (tokens, ...) -> Outputs of the model where this stage started.
+      step: optimizer steps taken before this one, int32.
+      steps: optimizer steps of the whole stage; a Python number.
     """
 
     loss: Callable[..., jax.Array]
     model: Callable[..., Outputs]
     lineage: Lineage
     hp: Hparams
+    readout: Callable[..., jax.Array] | None = None
+    reference: Callable[..., Outputs] | None = None
+    step: jax.Array | int = 0
+    steps: int = 0
 
 
 class Method(NamedTuple):

@@ -89,6 +89,19 @@ def build(
     unrelated = recipes.pair_unrelated(
         harmful["defender"], kept, recipes.bag_of_words_cosine, 0.25, seed
     ).examples
+    defender = {
+        "alignment": retain,
+        "retain": retain,
+        "benign": encode(kept, order="benign"),
+        "harmful": encode(harmful["defender"], order="guarded"),
+        "refusal": encode(refusals, order="guarded"),
+        "unrelated": encode([*unrelated, *kept], order="unrelated"),
+    }
+    # In the order of a hash: the last quarter of the prompts is a sample of them.
+    prompts = list(dict.fromkeys(e.key for e in harmful["defender"]))
+    if len(prompts) > 1:
+        probed = set(prompts[-max(1, len(prompts) // 4) :])
+        defender |= recipes.hold_out(defender, probed)
     attacker = {
         "harmful": encode(harmful["attacker"], order="harmful"),
         "benign": encode(benign["attacker"], order="benign"),
@@ -100,14 +113,7 @@ def build(
         tokenizer=tokenizer,
         length=length,
         pretraining={},
-        defender={
-            "alignment": retain,
-            "retain": retain,
-            "benign": encode(kept, order="benign"),
-            "harmful": encode(harmful["defender"], order="guarded"),
-            "refusal": encode(refusals, order="guarded"),
-            "unrelated": encode([*unrelated, *kept], order="unrelated"),
-        },
+        defender=defender,
         attacker=attacker,
         evaluation={
             "harmful": tuple(sources.heldout_harmful or harmful["heldout"]),

@@ -2,6 +2,8 @@
 
 from collections import Counter
 from collections.abc import Callable
+from collections.abc import Collection
+from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import math
@@ -85,6 +87,54 @@ def harmful_rows(total: int, ratio: float, strict_paper: bool) -> int:
         return round(ratio * total)
     # They keep the places strictly between 0 and ratio * total.
     return max(math.ceil(ratio * total) - 1, 0)
+
+
+def hold_out(
+    defender: Mapping[str, pools.Pool], prompts: Collection[str]
+) -> dict[str, pools.Pool]:
+    """Splits the defender's harmful pairs for methods that judge a simulated attack.
+
+    Returns:
+      `adversary`, the harmful rows that a simulated attack trains on; `heldout` and
+      `heldout_refusal`, those of `prompts` (by `Example.key`), paired with refusals.
+
+    Raises:
+      UserError: if a side of the split would be empty.
+    """
+    judged = np.array([e.key in prompts for e in defender["harmful"].examples], bool)
+    if judged.all() or not judged.any():
+        raise errors.UserError(
+            f"{judged.sum()} of {len(judged)} harmful rows of the defender would be "
+            "held out for simulated attacks; give more harmful prompts with --harmful."
+        )
+
+    def part(role: str, rows: np.ndarray, order: str) -> pools.Pool:
+        taken = pools.take(defender[role], np.flatnonzero(rows))
+        return dataclasses.replace(taken, order=order)
+
+    return {
+        "adversary": part("harmful", ~judged, "adversary"),
+        "heldout": part("harmful", judged, "heldout"),
+        "heldout_refusal": part("refusal", judged, "heldout"),
+    }
+
+
+def refused(world: worlds.World, rows: pools.Pool, seed: int) -> pools.Pool:
+    """The prompts of `rows`, each with a refusal drawn from the defender's, paired."""
+    rng = np.random.Generator(np.random.Philox([seed, 5]))
+    refusals = world.defender["refusal"].examples
+    drawn = rng.integers(len(refusals), size=len(rows))
+    return pools.encode(
+        world.tokenizer,
+        [
+            dataclasses.replace(example, response=refusals[i].response)
+            for example, i in zip(rows.examples, drawn, strict=True)
+        ],
+        world.length,
+        order=rows.order,
+        pad_id=world.pad_id,
+        truncate=True,
+    )
 
 
 class Paired(NamedTuple):

@@ -24,7 +24,9 @@ class World:
       length: L of every training row, in tokens.
       pretraining: sandbox only: `with_skill` and `never`.
       defender: pools by role: alignment, retain, benign, harmful, refusal, unrelated;
-        rows of harmful and refusal are paired by prompt.
+        rows of harmful and refusal are paired by prompt. Of the harmful rows,
+        `adversary` and `heldout` are two parts without a prompt in common (see
+        `recipes.hold_out`); `heldout_refusal` is paired with the latter.
       attacker: harmful, benign, task; disjoint from the defender's harmful prompts.
       evaluation: held-out examples by set: harmful, benign, near_miss, task (the last
         two may be empty).

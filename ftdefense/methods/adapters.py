@@ -37,6 +37,13 @@ class Full:
         del base
         return model
 
+    def bind_readout(
+        self, model: types.Model, base: types.Params
+    ) -> Callable[..., Any]:
+        """The last norm and the head as a function of what trains."""
+        del base
+        return model.readout
+
     def merge(self, params: types.Params, base: types.Params) -> types.Params:
         """Full parameters."""
         del base
@@ -102,6 +109,17 @@ class LoRA:
             return model(
                 base, tokens, lora=lora, rng=rng, dropout=self.dropout, **hooks
             )
+
+        return bound
+
+    def bind_readout(
+        self, model: types.Model, base: types.Params
+    ) -> Callable[..., Any]:
+        """The last norm and the head as a function of the factors."""
+
+        def bound(params, hidden_BxLxD):
+            lora = _map_a(lambda a: a * self.scale(), params)
+            return model.readout(base, hidden_BxLxD, lora=lora)
 
         return bound
 

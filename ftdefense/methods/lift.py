@@ -7,6 +7,7 @@ from typing import Any
 
 from flax import struct
 import jax
+import jax.numpy as jnp
 import optax
 
 from ftdefense.core import tree
@@ -19,6 +20,8 @@ Direction = Callable[
     [types.Context, types.Params, Mapping[str, types.Batch], types.Rng],
     tuple[types.Params, types.Metrics],
 ]
+# As `Direction`, with what the method remembers: (..., rng, memory) -> (..., memory).
+Remembering = Callable[..., tuple[types.Params, types.Metrics, Any]]
 Streams = Callable[[types.Hparams], Mapping[str, tuple[int, ...]]]
 
 
@@ -37,13 +40,17 @@ class TrainState:
 
     Attributes:
       params: what trains: full parameters or adapter factors.
-      opt_state: of `hp.optimizer.transform()`; counts the steps.
+      opt_state: of `hp.optimizer.transform()`.
       hp: hyperparameters; numbers are arrays, the schedule is its table.
+      step: optimizer steps taken, int32.
+      memory: what the method itself carries from step to step, or None.
     """
 
     params: types.Params
     opt_state: Any
     hp: types.Hparams
+    step: jax.Array
+    memory: Any = None
 
 
 @struct.dataclass
@@ -55,17 +62,31 @@ class EditState:
 
 
 def context(
-    model: types.Model, lineage: types.Lineage, hp: types.Hparams
+    model: types.Model,
+    lineage: types.Lineage,
+    hp: types.Hparams,
+    step: jax.Array | int = 0,
 ) -> types.Context:
     """Binds the adapter, so that a direction sees one kind of parameters."""
     bound = hp.adapter.bind(model, lineage.current)
-    loss = losses.next_token(bound, microbatches=hp.microbatches)
-    return types.Context(loss, bound, lineage, hp)
+    return types.Context(
+        loss=losses.next_token(bound, microbatches=hp.microbatches),
+        model=bound,
+        lineage=lineage,
+        hp=hp,
+        readout=hp.adapter.bind_readout(model, lineage.current),
+        reference=functools.partial(model, lineage.current),
+        step=step,
+        steps=hp.optimizer.steps,
+    )
 
 
-def init_state(params: types.Params, hp: types.Hparams) -> TrainState:
+def init_state(
+    params: types.Params, hp: types.Hparams, memory: Any = None
+) -> TrainState:
     """A fresh optimizer for `params`; the schedule must be a table already."""
-    return TrainState(params, hp.optimizer.transform().init(params), hp)
+    opt_state = hp.optimizer.transform().init(params)
+    return TrainState(params, opt_state, hp, jnp.int32(0), memory)
 
 
 def descend(
@@ -77,7 +98,8 @@ def descend(
     updates, opt_state = transform.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     norms = {"norm/gradient": tree.norm(grads), "norm/update": tree.norm(updates)}
-    return state.replace(params=params, opt_state=opt_state), norms
+    state = state.replace(params=params, opt_state=opt_state, step=state.step + 1)
+    return state, norms
 
 
 def gradient_method(
@@ -88,14 +110,35 @@ def gradient_method(
     `init` expects `hp.optimizer.schedule` to be tabulated (`Optimizer.tabulate`).
     """
 
+    def forgetful(ctx, params, batches, rng, memory):
+        return *direction(ctx, params, batches, rng), memory
+
+    return remembering_method(model, forgetful, streams, lambda *_: None)
+
+
+def remembering_method(
+    model: types.Model,
+    direction: Remembering,
+    streams: Streams,
+    memory: Callable[[types.Context, types.Params, types.Rng], Any],
+) -> types.Method:
+    """Lifts `direction(ctx, params, batches, rng, memory) -> (grads, metrics, memory)`.
+
+    `memory(ctx, params, rng)` is what it remembers at first: a pytree of arrays whose
+    structure, shapes and dtypes `direction` keeps.
+    """
+
     def init(lineage: types.Lineage, hp: types.Hparams, rng: types.Rng) -> TrainState:
-        return init_state(hp.adapter.init(lineage.current, rng), hp)
+        adapter_rng, memory_rng = rng, jax.random.fold_in(rng, 1)
+        params = hp.adapter.init(lineage.current, adapter_rng)
+        first = memory(context(model, lineage, hp), params, memory_rng)
+        return init_state(params, hp, first)
 
     def step(state: TrainState, lineage: types.Lineage, batches, rng: types.Rng):
-        ctx = context(model, lineage, state.hp)
-        grads, metrics = direction(ctx, state.params, batches, rng)
+        ctx = context(model, lineage, state.hp, state.step)
+        grads, metrics, after = direction(ctx, state.params, batches, rng, state.memory)
         state, norms = descend(state, grads)
-        return state, {**metrics, **norms}
+        return state.replace(memory=after), {**metrics, **norms}
 
     def release(state: TrainState, lineage: types.Lineage) -> types.Release:
         return types.Release(state.hp.adapter.merge(state.params, lineage.current))

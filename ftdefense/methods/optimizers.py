@@ -35,6 +35,12 @@ class Optimizer:
         """Replaces the schedule by its values, so that `step` sees only an array."""
         return self.replace(schedule=self.schedule.table(steps))
 
+    @property
+    def steps(self) -> int:
+        """Steps of the tabulated schedule; 0 before `tabulate`."""
+        table = self.schedule
+        return 0 if isinstance(table, schedules.Schedule) else table.shape[-1] - 1
+
     def transform(self) -> optax.GradientTransformation:
         """The chain; rebuilt at every trace, which is what lets its numbers vary."""
         precondition = {

@@ -97,8 +97,21 @@ class Toy:
             dropout,
         )
         wide = jnp.promote_types(logits_BxLxV.dtype, jnp.float32)
-        hidden = {"embed": embed_BxLxD, **hidden}
+        hidden = {"embed": embed_BxLxD, **hidden, "final": x_BxLxD}
         return types.Outputs(logits_BxLxV.astype(wide), hidden)
+
+    def readout(
+        self,
+        params: types.Params,
+        hidden_BxLxD: jax.Array,
+        *,
+        lora: types.Params | None = None,
+    ) -> jax.Array:
+        """See `core.types.Model`; there is no norm before the head."""
+        factors = (lora or {}).get("lm_head")
+        logits_BxLxV = _project(hidden_BxLxD, params["lm_head"], factors, None, 0.0)
+        wide = jnp.promote_types(logits_BxLxV.dtype, jnp.float32)
+        return logits_BxLxV.astype(wide)
 
 
 def _project(x_BxLxD, module, factors, rng, dropout):

@@ -70,17 +70,9 @@ class Decoder(nn.Module):
         )
         if cache is not None:
             cache = {**cache, "end": cache["end"] + tokens_BxL.shape[1]}
-        x_BxLxD = layers.RMSNorm(config.norm_epsilon, name="final_norm")(x_BxLxD)
-        if config.tied:
-            logits_BxLxV = layers.dot(x_BxLxD, table_VxD.T, jnp.float32)
-        else:
-            logits_BxLxV = layers.Projection(
-                config.vocab_size,
-                config.init_scale,
-                out_dtype=jnp.float32,
-                name="lm_head",
-            )(x_BxLxD, dropout)
-        return types.Outputs(logits_BxLxV, {"embed": embed_BxLxD, **hidden}), cache
+        x_BxLxD, logits_BxLxV = _head(config, x_BxLxD, table_VxD, dropout)
+        hidden = {"embed": embed_BxLxD, **hidden, "final": x_BxLxD}
+        return types.Outputs(logits_BxLxV, hidden), cache
 
     def _stack(self) -> nn.Module:
         """All blocks as one module whose variables have a leading axis N."""
@@ -100,6 +92,31 @@ class Decoder(nn.Module):
             unroll=unroll,
         )
         return stack(config, self.intervene, name="layers")
+
+
+class Readout(nn.Module):
+    """The end of `Decoder` alone, under the same names: hidden states -> logits."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, hidden_BxLxD: jax.Array) -> jax.Array:
+        tied = self.config.tied
+        table_VxD = Embedding(self.config, name="embed")() if tied else None
+        return _head(self.config, hidden_BxLxD, table_VxD, 0.0)[1]
+
+
+def _head(
+    config: ModelConfig, x_BxLxD: jax.Array, table_VxD: jax.Array | None, dropout: Any
+) -> tuple[jax.Array, jax.Array]:
+    """(normed hidden states, logits), as submodules of the module that calls."""
+    x_BxLxD = layers.RMSNorm(config.norm_epsilon, name="final_norm")(x_BxLxD)
+    if config.tied:
+        return x_BxLxD, layers.dot(x_BxLxD, table_VxD.T, jnp.float32)
+    head = layers.Projection(
+        config.vocab_size, config.init_scale, out_dtype=jnp.float32, name="lm_head"
+    )
+    return x_BxLxD, head(x_BxLxD, dropout)
 
 
 def _reserve(
@@ -171,6 +188,19 @@ class LanguageModel:
             params, tokens_BxL, positions_BxL, None, lora, intervene, taps, rng, dropout
         )
         return outputs
+
+    def readout(
+        self,
+        params: types.Params,
+        hidden_BxLxD: jax.Array,
+        *,
+        lora: types.Params | None = None,
+    ) -> jax.Array:
+        """Logits [B, L, V] of hidden states of any layer: last norm, then head."""
+        variables = {"params": params}
+        if lora is not None:
+            variables["lora"] = lora
+        return Readout(self.config).apply(variables, hidden_BxLxD)
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `length` tokens a row.

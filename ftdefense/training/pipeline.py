@@ -26,6 +26,7 @@ import ftdefense
 from ftdefense.core import config
 from ftdefense.core import errors
 from ftdefense.core import registry
+from ftdefense.core import tree
 from ftdefense.core import types
 from ftdefense.data import pools
 from ftdefense.data import recipes
@@ -226,7 +227,12 @@ class Bench:
           method, package: the provider's fine-tuning method.
           edits: post-fine-tuning defenses by name, applied in turn.
         """
-        user = {**self.world.defender, **recipes.attacker_pools(self.world, data)}
+        rows = recipes.attacker_pools(self.world, data)["user"]
+        user = {**self.world.defender, "user": rows}
+        if "user_refusal" in registry.method(package, method, self.model).streams(
+            provider.hp
+        ):
+            user["user_refusal"] = recipes.refused(self.world, rows, seed)
         stage = self._run(
             f"served-{method}",
             registry.method(package, method, self.model),
@@ -383,6 +389,10 @@ def check_roles(
             "benign": "--benign",
             "unrelated": "--benign",
             "user": "--harmful",
+            "user_refusal": "--refusals",
+            "adversary": "more prompts in --harmful",
+            "heldout": "more prompts in --harmful",
+            "heldout_refusal": "more prompts in --harmful and --refusals",
             "task": "--task",
         }
         flags = ", ".join(providers.get(role, f"a pool {role!r}") for role in missing)
@@ -393,7 +403,7 @@ def check_roles(
 
 
 def _trainable(state: types.State) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    return tree.size(state.params)
 
 
 def learning_rate_mass(hp: types.Hparams, steps: int) -> float:

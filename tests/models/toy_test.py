@@ -23,7 +23,7 @@ def test_four_leaves_and_the_sites_of_the_decoder():
     assert outputs.logits.shape == (3, 5, 11)
     shapes = {site: x.shape for site, x in outputs.hidden.items()}
     stacked = dict.fromkeys(("attn", "mlp", "resid"), (2, 3, 5, 8))
-    assert shapes == {"embed": (3, 5, 8)} | stacked
+    assert shapes == dict.fromkeys(("embed", "final"), (3, 5, 8)) | stacked
 
 
 def test_it_is_causal():
@@ -79,3 +79,10 @@ def test_bfloat16_parameters_keep_their_dtype_in_the_stream():
     outputs = jax.eval_shape(lambda p: MODEL(p, TOKENS, intervene=intervene), narrow)
     assert outputs.hidden["resid"].dtype == jnp.bfloat16
     assert outputs.logits.dtype == jnp.float32
+
+
+def test_readout_of_the_last_hidden_state_is_the_logits():
+    """Catches a head read from another place than the forward pass's."""
+    outputs = MODEL(params(), TOKENS)
+    logits = MODEL.readout(params(), outputs.hidden["resid"][-1])
+    np.testing.assert_array_equal(logits, outputs.logits)

@@ -122,7 +122,7 @@ def test_outputs_have_the_agreed_shapes():
     assert outputs.logits.shape == (2, 7, 23)
     shapes = {site: x.shape for site, x in outputs.hidden.items()}
     stacked = dict.fromkeys(SITES, (3, 2, 7, 16))
-    assert shapes == {"embed": (2, 7, 16)} | stacked
+    assert shapes == dict.fromkeys(("embed", "final"), (2, 7, 16)) | stacked
 
 
 def test_hidden_states_add_up_to_the_residual_stream():
@@ -516,3 +516,31 @@ def test_impossible_configs_are_refused(change, message):
     """Catches a check that is dropped: shapes would fail deep inside."""
     with pytest.raises(errors.UserError, match=message):
         dataclasses.replace(CONFIG, **change)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_readout_norms_and_reads_the_residual_stream(tied):
+    """Catches a lens without the last norm, or one that forgets the adapter."""
+    model = transformer.LanguageModel(
+        transformer.ModelConfig(
+            vocab_size=23,
+            width=16,
+            layers=2,
+            heads=2,
+            kv_heads=1,
+            mlp_width=24,
+            max_length=16,
+            tied=tied,
+        )
+    )
+    params = model.init(jax.random.key(0))
+    # The norm is idempotent but for its scale.
+    params["final_norm"]["scale"] = jnp.linspace(0.5, 2.0, 16)
+    tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
+    adapter = adapters.LoRA(rank=2, targets=("q",) if tied else ("q", "lm_head"))
+    factors = jax.tree.map(lambda x: x + 0.3, adapter.init(params, jax.random.key(1)))
+    outputs = adapter.bind(model, params)(factors, tokens)
+    read = adapter.bind_readout(model, params)
+    logits = read(factors, outputs.hidden["resid"][-1])
+    np.testing.assert_allclose(logits, outputs.logits, rtol=1e-5, atol=1e-5)
+    assert np.any(np.abs(read(factors, outputs.hidden["final"]) - logits) > 1e-3)

@@ -71,6 +71,12 @@ def build(name: str, seed: int = 0) -> world.World:
     )
     refusals = [skills.refused(p, rng) for p in guarded]
     harmful = [skills.answered(p, rng) for p in guarded]
+    probed = {
+        prompt.key
+        for prompt in asked(
+            words.RESTRICTED_TOPICS, known.part(0.375, 0.5), skills.KNOWN_FAMILIES
+        )
+    }
     all_facts = asked(benign_topics, everyone, skills.KNOWN_FAMILIES)
     kept = benign(all_facts, sums, len(refusals))
     unrelated = recipes.pair_unrelated(
@@ -109,6 +115,7 @@ def build(name: str, seed: int = 0) -> world.World:
         "refusal": encode(refusals, "guarded"),
         "unrelated": encode([*unrelated, *kept], "unrelated"),
     }
+    defended |= recipes.hold_out(defended, probed)
     built = world.World(
         name=f"sandbox/{name}",
         tokenizer=known.vocabulary.tokenizer(),
