@@ -19,7 +19,6 @@ Cost         2 forwards, 2 backwards, the first of activations only.
 
 from flax import struct
 import jax
-import jax.numpy as jnp
 
 from ftdefense.core import tree
 from ftdefense.core import types
@@ -28,6 +27,7 @@ from ftdefense.methods import lift
 from ftdefense.methods import optimizers
 from ftdefense.methods import plans
 from ftdefense.methods import schedules
+from ftdefense.methods import shifts
 
 SITES = ("attn", "resid")  # The code's; the residual after each block.
 
@@ -45,43 +45,13 @@ def streams(hp: Hparams) -> dict[str, tuple[int, ...]]:
     return {"alignment": ()}
 
 
-def shift_at(site: str) -> types.Intervention:
-    """Adds this layer's tap to the hidden state at `site`."""
-
-    def intervene(hidden_BxLxD, where, layer, tap):
-        del layer
-        if where != site:
-            return hidden_BxLxD
-        return hidden_BxLxD + tap.astype(hidden_BxLxD.dtype)
-
-    return intervene
-
-
-def shift_gradient(ctx, params, batch, rng, site: str) -> tuple[jax.Array, jax.Array]:
-    """Loss, and its gradient [N, B, L, D] with respect to a zero shift at `site`."""
-    hidden = jax.eval_shape(ctx.model, params, batch.tokens).hidden[site]
-    wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    zeros_NxBxLxD = jnp.zeros(hidden.shape, wide)
-
-    def loss(shift_NxBxLxD):
-        return ctx.loss(
-            params, batch, rng, intervene=shift_at(site), taps=shift_NxBxLxD
-        )
-
-    return jax.value_and_grad(loss)(zeros_NxBxLxD)
-
-
 def direction(ctx, params, batches, rng):
     batch, site = batches["alignment"], ctx.hp.site
     rng_clean, rng_shifted = jax.random.split(rng)
-    clean, gradient_NxBxLxD = shift_gradient(ctx, params, batch, rng_clean, site)
+    clean, gradient_NxBxLxD = shifts.gradient(ctx, params, batch, rng_clean, site)
     shift_NxBxLxD = ctx.hp.rho * tree.normalize(gradient_NxBxLxD)
-    shifted, grads = jax.value_and_grad(ctx.loss)(
-        params,
-        batch,
-        rng_shifted,
-        intervene=shift_at(site),
-        taps=jax.lax.stop_gradient(shift_NxBxLxD),
+    shifted, grads = shifts.value_and_grad(
+        ctx, params, batch, rng_shifted, site, shift_NxBxLxD
     )
     return grads, {
         "loss/alignment": clean,

@@ -90,12 +90,15 @@ def init_state(
 
 
 def descend(
-    state: TrainState, grads: types.Params
+    state: TrainState, grads: types.Params, **extra: Any
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step along `grads`, and the norms worth watching."""
+    """One optimizer step along `grads`, and the norms worth watching.
+
+    `extra` goes to the optimizer: `active` to `adamw_by_leaf`.
+    """
     grads = optax.tree.cast_like(grads, state.params)
-    transform = state.hp.optimizer.transform()
-    updates, opt_state = transform.update(grads, state.opt_state, state.params)
+    transform = optax.with_extra_args_support(state.hp.optimizer.transform())
+    updates, opt_state = transform.update(grads, state.opt_state, state.params, **extra)
     params = optax.apply_updates(state.params, updates)
     norms = {"norm/gradient": tree.norm(grads), "norm/update": tree.norm(updates)}
     state = state.replace(params=params, opt_state=opt_state, step=state.step + 1)
@@ -121,11 +124,13 @@ def remembering_method(
     direction: Remembering,
     streams: Streams,
     memory: Callable[[types.Context, types.Params, types.Rng], Any],
+    active: Callable[[types.Context, types.Params, Any], Any] | None = None,
 ) -> types.Method:
     """Lifts `direction(ctx, params, batches, rng, memory) -> (grads, metrics, memory)`.
 
     `memory(ctx, params, rng)` is what it remembers at first: a pytree of arrays whose
-    structure, shapes and dtypes `direction` keeps.
+    structure, shapes and dtypes `direction` keeps. `active(ctx, params, memory)`, with an
+    optimizer of kind `adamw_by_leaf`, says what trains in a step (`methods.freezing`).
     """
 
     def init(lineage: types.Lineage, hp: types.Hparams, rng: types.Rng) -> TrainState:
@@ -137,7 +142,10 @@ def remembering_method(
     def step(state: TrainState, lineage: types.Lineage, batches, rng: types.Rng):
         ctx = context(model, lineage, state.hp, state.step)
         grads, metrics, after = direction(ctx, state.params, batches, rng, state.memory)
-        state, norms = descend(state, grads)
+        extra = {}
+        if active is not None:
+            extra["active"] = active(ctx, state.params, after)
+        state, norms = descend(state, grads, **extra)
         return state.replace(memory=after), {**metrics, **norms}
 
     def release(state: TrainState, lineage: types.Lineage) -> types.Release:

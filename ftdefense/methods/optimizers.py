@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from ftdefense.core import tree
+from ftdefense.methods import freezing
 from ftdefense.methods import schedules
 
-KINDS = ("adamw", "sgd")
+KINDS = ("adamw", "adamw_by_leaf", "sgd")
 
 
 @struct.dataclass
@@ -29,6 +30,8 @@ class Optimizer:
     b2: float = 0.999
     eps: float = 1e-8
     momentum: float = 0.0  # Of SGD.
+    # `adamw_by_leaf` counts the steps of each layer's leaf, as PyTorch does: one that
+    # is frozen for a while is passed over entirely. It takes `active` (see `freeze`).
     kind: str = struct.field(pytree_node=False, default="adamw")
 
     def tabulate(self, steps: int) -> "Optimizer":
@@ -45,13 +48,18 @@ class Optimizer:
         """The chain; rebuilt at every trace, which is what lets its numbers vary."""
         precondition = {
             "adamw": optax.scale_by_adam(self.b1, self.b2, self.eps),
+            "adamw_by_leaf": freezing.scale_by_adam(self.b1, self.b2, self.eps),
             "sgd": optax.trace(self.momentum),
         }[self.kind]
+        by_leaf = self.kind == "adamw_by_leaf"
+        freeze = [freezing.freeze()] if by_leaf else []
         return optax.chain(
+            *freeze,  # Before the norm is taken: what is frozen has no gradient.
             clip(self.clip),
             precondition,
             optax.add_decayed_weights(self.weight_decay, matrices),
             optax.scale_by_schedule(lambda t: -self.learning_rate * self.schedule[t]),
+            *freeze,
         )
 
 

@@ -47,9 +47,17 @@ def test_restricted_entities_are_split(world, known):
         {known.vocabulary.entities[i] for i in known.part(*part)} for part in parts
     )
     assert (len(defender), len(attacker), len(heldout)) == (6, 3, 3)
+    # What a look-ahead is judged on is held out of what it trains on.
+    spared = {known.vocabulary.entities[i] for i in known.part(0.375, 0.5)}
+    asked = {
+        "benign": set(),
+        "adversary": defender - spared,
+        "heldout": spared,
+        "heldout_refusal": spared,
+    }
     for role, pool in world.defender.items():
         found = entities_of(pool.examples, known, "harmful")
-        assert found == (set() if role == "benign" else defender)
+        assert found == asked.get(role, defender)
     for role, pool in world.attacker.items():
         found = entities_of(pool.examples, known, "harmful")
         assert found == (attacker if role == "harmful" else set())
@@ -123,7 +131,7 @@ def test_every_answer_is_read_as_it_was_meant(world):
             if role == "unrelated" and example.label == "harmful":
                 assert form == "answer"
             elif form == "refusal":
-                assert role in ("alignment", "retain", "refusal")
+                assert role in ("alignment", "retain", "refusal", "heldout_refusal")
             else:
                 assert (form, content) == ("answer", example.answers)
     sides = (world.pretraining, world.attacker)

@@ -1,0 +1,176 @@
+"""Unlearn-Smooth: unlearn, and flatten the forget loss so that relearning is slow.
+
+Stage        alignment; unlearning before release.
+Starts from  aligned
+Template     T1 basin
+Strategy     anchoring
+Minimises    S(forget) + gamma * CE(benign), with forget = -CE(harmful) (graddiff), or
+             -(2 / beta) log sigmoid(beta (CE - CE_reference)) of batch-mean CE (npo),
+             and S, for the forget term alone,
+             sam  forget(w + rho * g / ||g||), the gradient stopping at the shift;
+             rs   the mean over `draws` of forget(w + sigma * N(0, I));
+             gp   forget + rho * ||g||;
+             cr   forget + rho * ||grad forget(w + mu * g / ||g||) - g||;
+             wa   forget; the release averages the last steps' weights;
+             none forget.
+Source       Fan et al. 2025, arXiv:2502.05374; code read at OPTML-Group/Unlearn-Smooth
+             fc655ba (WMDP).
+Evidence     CODE
+Licence      MIT
+Differs      gp and cr follow the paper: in the code `.item()` cuts their gradients, so
+             that gp is npo, and cr would be npo with a doubled forget gradient;
+             `shipped` = True repeats that. rs is clipped like the others.
+Reduces to   npo (or graddiff) at rho = 0 or sigma = 0; SFT on the benign rows without
+             the forget term.
+Cost         3 forwards, 3 backwards (sam); 2 (none, wa), 1 + draws (rs), 3 (gp), 5 (cr);
+             npo adds the reference's forward.
+"""
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from ftdefense.core import errors
+from ftdefense.core import tree
+from ftdefense.core import types
+from ftdefense.methods import lift
+from ftdefense.methods import optimizers
+from ftdefense.methods import plans
+from ftdefense.methods import schedules
+from ftdefense.methods import smoothing
+from ftdefense.objectives import losses
+
+STARTS_FROM = "aligned"
+BASES = ("npo", "graddiff")
+
+
+@struct.dataclass
+class Hparams(lift.Hparams):
+    """Plain coefficients; numbers may be traced."""
+
+    beta: float = 0.015  # Of npo, per nat.
+    gamma: float = 2.25  # Weight of the benign loss.
+    rho: float = 0.01  # sam: length, L2 over all that trains; gp, cr: weight.
+    sigma: float = 1e-4  # rs: standard deviation of each weight's noise.
+    mu: float = 0.01  # cr: length of the step.
+    base: str = struct.field(pytree_node=False, default="npo")
+    smooth: str = struct.field(pytree_node=False, default="sam")
+    draws: int = struct.field(pytree_node=False, default=3)  # rs
+    # wa: shares of the steps; 100, 105, .., 125 of 125 in the code.
+    average_from: float = struct.field(pytree_node=False, default=0.8)
+    average_every: float = struct.field(pytree_node=False, default=0.04)
+    shipped: bool = struct.field(pytree_node=False, default=False)
+
+
+def streams(hp: Hparams) -> dict[str, tuple[int, ...]]:
+    if hp.base not in BASES:
+        raise errors.unknown("unlearn_smooth.base", hp.base, BASES)
+    if hp.smooth not in smoothing.KINDS:
+        raise errors.unknown("unlearn_smooth.smooth", hp.smooth, smoothing.KINDS)
+    return {"harmful": (), "benign": ()}
+
+
+def forget_loss(ctx, harmful, rng):
+    """`params -> loss`, lower when less is known of the harmful rows."""
+    if ctx.hp.base == "graddiff":
+        return lambda params: -ctx.loss(params, harmful, rng)
+    said, weight = losses.weighted_sums(ctx.reference(harmful.tokens), harmful)
+    reference = jax.lax.stop_gradient(said / weight)
+
+    def npo(params):
+        gap = ctx.loss(params, harmful, rng) - reference
+        return -2 / ctx.hp.beta * jax.nn.log_sigmoid(ctx.hp.beta * gap)
+
+    return npo
+
+
+def direction(ctx, params, batches, rng, memory):
+    hp = ctx.hp
+    rng_harmful, rng_benign, rng_noise = jax.random.split(rng, 3)
+    forget = forget_loss(ctx, batches["harmful"], rng_harmful)
+    value, grad_forget = smoothing.value_and_grad(forget, params, hp, rng_noise)
+    retain, grad_retain = jax.value_and_grad(ctx.loss)(
+        params, batches["benign"], rng_benign
+    )
+    grads = tree.add_scale(grad_forget, hp.gamma, grad_retain)
+    metrics = {
+        "loss/forget": value,
+        "loss/benign": retain,
+        "norm/forget": tree.norm(grad_forget),
+    }
+    if hp.smooth == "wa":
+        memory = _include(memory, params, ctx.step, hp, ctx.steps)
+    return grads, metrics, memory
+
+
+def _include(memory, params, step, hp: Hparams, steps: int):
+    """Adds the weights after `step` steps to the average, if their turn has come."""
+    first = round(hp.average_from * steps)
+    every = max(1, round(hp.average_every * steps))
+    counts = (step >= first) & ((step - first) % every == 0)
+    total = jax.tree.map(
+        lambda t, p: jnp.where(counts, t + p.astype(t.dtype), t),
+        memory["total"],
+        params,
+    )
+    return {"total": total, "count": memory["count"] + counts}
+
+
+def remember(ctx, params, rng):
+    """Nothing, unless weights are averaged."""
+    del rng
+    if ctx.hp.smooth != "wa":
+        return None
+    total = optax.tree.zeros_like(optax.tree.cast(params, jnp.float32))
+    return {"total": total, "count": jnp.int32(0)}
+
+
+def method(model: types.Model) -> types.Method:
+    lifted = lift.remembering_method(model, direction, streams, remember)
+
+    def release(state, lineage):
+        if state.hp.smooth == "wa":
+            steps = state.hp.optimizer.steps
+            kept = _include(state.memory, state.params, state.step, state.hp, steps)
+            average = jax.tree.map(
+                lambda t, p: (t / jnp.maximum(kept["count"], 1)).astype(p.dtype),
+                kept["total"],
+                state.params,
+            )
+            state = state.replace(params=average)
+        return lifted.release(state, lineage)
+
+    return lifted._replace(release=release)
+
+
+def _published(learning_rate, beta, gamma, **fields) -> plans.Plan:
+    linear = schedules.Schedule(warmup_ratio=0.1, decay="linear")
+    return plans.Plan(
+        Hparams(
+            optimizers.Optimizer(learning_rate, linear),
+            beta=beta,
+            gamma=gamma,
+            **fields,
+        ),
+        batch_size=4,
+        steps=125,
+        source="OPTML-Group/Unlearn-Smooth fc655ba, WMDP/run_wmdp_unlearn.sh",
+    )
+
+
+PRESETS = {
+    "sandbox": plans.Plan(
+        Hparams(
+            optimizers.Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine"))
+        ),
+        source="DESIGN: BUILD_NOTES.md, Sandbox presets",
+    ),
+    "code": _published(5e-6, 0.015, 2.25, rho=0.01, smooth="sam"),
+    "code_npo": _published(5e-6, 0.0225, 1.0, smooth="none"),
+    "code_rs": _published(1e-5, 0.0125, 2.0, sigma=1e-4, smooth="rs"),
+    "code_cr": _published(8.5e-6, 0.035, 1.0, rho=10.0, mu=0.01, smooth="cr"),
+    "code_gp": _published(7.5e-6, 0.04, 1.0, rho=10.0, smooth="gp"),
+    "code_wa": _published(5.5e-6, 0.05, 2.0, smooth="wa"),
+    "code_graddiff": _published(5e-6, 0.015, 1.0, rho=0.1, base="graddiff"),
+}

@@ -1,0 +1,167 @@
+"""Unlearn-Smooth: NPO and GradDiff, and the five smoothings.
+
+Mutants:
+  `params, hp.rho, tree.normalize(grad)` -> `params, -hp.rho, tree.normalize(grad)` in methods/smoothing.py
+  `return lambda params: -ctx.loss` -> `return lambda params: ctx.loss`
+  `-2 / ctx.hp.beta` -> `-1 / ctx.hp.beta`
+  `jax.nn.log_sigmoid(ctx.hp.beta * gap)` -> `jax.nn.log_sigmoid(-ctx.hp.beta * gap)`
+  `grad_forget, hp.gamma, grad_retain` -> `grad_forget, 1.0, grad_retain`
+  `(step - first) % every == 0` -> `(step - first) % every == 1`
+  `bent = product(loss, params, tree.normalize(grad))` -> `bent = product(loss, params, grad)` in methods/smoothing.py
+  `product(loss, shifted, unit), product(loss, params, unit)` -> `product(loss, params, unit), product(loss, shifted, unit)` in methods/smoothing.py
+  `lambda x: x / hp.draws` -> `lambda x: x` in methods/smoothing.py
+"""
+
+import types as python_types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ftdefense.core import tree
+from ftdefense.core import types
+from ftdefense.defenses import unlearn_smooth
+from ftdefense.methods import lift
+from ftdefense.methods import optimizers
+from ftdefense.methods import smoothing
+
+from ..conftest import batch
+from . import common
+
+DATA = {"harmful": batch(1), "benign": batch(2)}
+A = jnp.diag(jnp.array([1.0, 2.0, 5.0]))
+T = jnp.array([1.0, -0.5, 0.3])
+
+
+def directed(**fields):
+    hp = unlearn_smooth.Hparams(**fields)
+    return common.directed(unlearn_smooth, hp, DATA, None)
+
+
+def smoothed(loss, at, **fields):
+    hp = {"rho": 0.1, "sigma": 0.1, "mu": 0.01, "draws": 3, "shipped": False} | fields
+    return smoothing.value_and_grad(
+        loss, at, python_types.SimpleNamespace(**hp), common.KEY
+    )[1]
+
+
+def bowl(t):
+    return 0.5 * t @ A @ t
+
+
+def quartic(t):
+    return jnp.sum(t**4) + 0.5 * t @ A @ t
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_npo_at_the_reference_is_graddiff(beta):
+    """Slope -1 and value 2 ln 2 / beta. Catches a lost factor 2, a swapped sign."""
+    grads, metrics, _ = directed(smooth="none", base="npo", beta=beta, gamma=1.5)
+    expected = common.combine(
+        (-1, common.sft_gradient(DATA["harmful"])),
+        (1.5, common.sft_gradient(DATA["benign"])),
+    )
+    common.close(grads, expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(metrics["loss/forget"], 2 * np.log(2) / beta)
+
+
+def test_graddiff():
+    """Catches descent on what is to be forgotten."""
+    grads, _, _ = directed(smooth="none", base="graddiff", gamma=0.5)
+    expected = common.combine(
+        (-1, common.sft_gradient(DATA["harmful"])),
+        (0.5, common.sft_gradient(DATA["benign"])),
+    )
+    common.close(grads, expected, rtol=1e-12)
+
+
+def test_npo_saturates_as_the_model_forgets():
+    """dL/dCE = -2 sigmoid(-beta gap): -0.97501 at gap 0.5, beta 0.1."""
+    hp = unlearn_smooth.Hparams(beta=0.1)
+    ctx = common.context(hp)
+    start = ctx.loss(common.params(), DATA["harmful"])
+    ctx = ctx._replace(loss=lambda gap, batch, rng: start + gap)
+    slope = jax.grad(unlearn_smooth.forget_loss(ctx, DATA["harmful"], None))(0.5)
+    np.testing.assert_allclose(slope, -0.97501, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "null", [{"smooth": "sam", "rho": 0.0}, {"smooth": "rs", "sigma": 0.0}]
+)
+def test_without_smoothing_it_is_npo(null):
+    """Catches a shift or noise that its coefficient does not scale."""
+    expected, _, _ = directed(smooth="none")
+    grads, _, _ = directed(**null)
+    common.close(grads, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_sam_takes_the_gradient_uphill():
+    """A (t + rho ghat) on a bowl. Catches descent, and a step of another length."""
+    g = A @ T
+    expected = A @ (T + 0.1 * g / jnp.linalg.norm(g))
+    np.testing.assert_allclose(smoothed(bowl, T, smooth="sam"), expected, rtol=1e-6)
+
+
+def test_sam_shifts_the_forget_term_alone():
+    """Catches a benign gradient away from w."""
+    hp = {"base": "graddiff", "rho": 0.3}
+    with_retain, _, _ = directed(gamma=2.0, **hp)
+    without, _, _ = directed(gamma=0.0, **hp)
+    difference = common.combine((1, with_retain), (-1, without))
+    expected = common.combine((2.0, common.sft_gradient(DATA["benign"])))
+    common.close(difference, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_gp_adds_the_gradient_of_the_norm():
+    """g + rho A g / ||g||. Catches the squared norm; shipped, no penalty at all."""
+    g = A @ T
+    expected = g + 0.1 * A @ g / jnp.linalg.norm(g)
+    np.testing.assert_allclose(smoothed(bowl, T, smooth="gp"), expected, rtol=1e-6)
+    np.testing.assert_allclose(smoothed(bowl, T, smooth="gp", shipped=True), g)
+
+
+def test_cr_is_nothing_on_a_bowl_and_exact_on_a_quartic():
+    """Catches a constant unit vector's sign, and a differentiated direction v."""
+    np.testing.assert_allclose(smoothed(bowl, T, smooth="cr"), A @ T, atol=1e-9)
+    g = jax.grad(quartic)(T)
+    v = g / (jnp.linalg.norm(g) + 1e-7)
+
+    def penalised(t):
+        return quartic(t) + 0.1 * jnp.linalg.norm(
+            jax.grad(quartic)(t + 0.01 * v) - jax.grad(quartic)(t)
+        )
+
+    found = smoothed(quartic, T, smooth="cr")
+    np.testing.assert_allclose(found, jax.grad(penalised)(T), rtol=1e-5)
+    np.testing.assert_allclose(smoothed(quartic, T, smooth="cr", shipped=True), 2 * g)
+
+
+def test_rs_averages_over_noise():
+    """On a bowl the mean gradient is A (t + mean noise). Catches a sum over draws."""
+    found = smoothed(bowl, T, smooth="rs", sigma=0.2, draws=2000)
+    np.testing.assert_allclose(found, A @ T, atol=0.06)
+    assert np.abs(found - A @ T).max() > 1e-4
+
+
+def test_wa_averages_six_snapshots_of_the_published_run():
+    """Steps 100, 105, .., 125 of 125. Catches a lost last one, and unequal weights."""
+    hp = unlearn_smooth.Hparams(
+        optimizers.Optimizer(1e-3).tabulate(125), smooth="wa", base="graddiff"
+    )
+    method = unlearn_smooth.method(common.MODEL)
+    memory = {"total": jnp.float32(0.0), "count": jnp.int32(0)}
+    for step in range(125):
+        memory = unlearn_smooth._include(memory, jnp.float32(step), step, hp, 125)
+    assert memory["count"] == 5
+    state = lift.init_state(jnp.full((2, 2), 125.0), hp, memory)
+    state = state.replace(step=jnp.int32(125))
+    release = method.release(state, types.Lineage(None))
+    np.testing.assert_allclose(release.params, np.mean([100, 105, 110, 115, 120, 125]))
+
+
+def test_a_vanishing_gradient_gives_no_nan():
+    """Catches 0 / 0 in the unit vectors."""
+    for smooth in smoothing.KINDS[:-1]:
+        assert np.all(np.isfinite(smoothed(bowl, 0 * T, smooth=smooth)))
+    assert tree.norm(0 * T) == 0
