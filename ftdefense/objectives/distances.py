@@ -1,0 +1,66 @@
+"""Distances between hidden states, in float32 or wider, without NaN gradients at 0."""
+
+import jax
+import jax.numpy as jnp
+
+from ftdefense.core import types
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """`x` in float32, or as it is if it is wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def attended(batch: types.Batch) -> jax.Array:
+    """1 on prompt, answer and end tokens, 0 on padding; float32 [B, L].
+
+    Padding begins after the last weighted token; a row without weights is all padding.
+    """
+    weights_BxL = jnp.asarray(batch.weights, jnp.float32)
+    ahead_BxL = jax.lax.cummax(weights_BxL, axis=1, reverse=True)
+    return (ahead_BxL > 0).astype(jnp.float32)
+
+
+def norm(x: jax.Array) -> jax.Array:
+    """L2 norm over the last axis; its gradient at 0 is 0."""
+    square = jnp.sum(jnp.square(wide(x)), -1)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+
+
+def cosine(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Cosine of the angle over the last axis; 0, with gradient 0, at a zero vector."""
+    return jnp.sum(_unit(x) * _unit(y), -1)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    length = norm(x)[..., None]
+    return jnp.where(length > 0, wide(x), 0) / jnp.where(length > 0, length, 1)
+
+
+@jax.checkpoint  # The [2B, 2B, F] differences are recomputed, not kept.
+def _square_distances(rows_BxF: jax.Array) -> jax.Array:
+    # Differences, not a Gram matrix: exact zeros on the diagonal, no TF32 product.
+    return jnp.sum(jnp.square(rows_BxF[:, None] - rows_BxF[None]), -1)
+
+
+def mmd(
+    x_BxF: jax.Array, y_BxF: jax.Array, multiplier: float = 2.0, kernels: int = 5
+) -> jax.Array:
+    """Maximum mean discrepancy of two samples of B rows, biased, not below 0.
+
+    A sum of `kernels` Gaussian kernels exp(-d^2 / (w * multiplier ** i)), i = 0, 1, ...,
+    w the mean squared distance of distinct rows over multiplier ** (kernels // 2); no
+    gradient passes through w.
+    """
+    rows_BxF = wide(jnp.concatenate([x_BxF, y_BxF]))
+    square_BxB = _square_distances(rows_BxF)
+    count = rows_BxF.shape[0]
+    width = jax.lax.stop_gradient(jnp.sum(square_BxB)) / (count * (count - 1))
+    width = jnp.where(width > 0, width, 1) / multiplier ** (kernels // 2)
+    kernel_BxB = sum(
+        jnp.exp(-square_BxB / (width * multiplier**i)) for i in range(kernels)
+    )
+    half = count // 2
+    xx, yy = kernel_BxB[:half, :half], kernel_BxB[half:, half:]
+    xy, yx = kernel_BxB[:half, half:], kernel_BxB[half:, :half]
+    return jnp.mean(xx + yy - xy - yx)

@@ -1,0 +1,31 @@
+"""Hidden states of all layers, and how far they have moved from another model's."""
+
+import jax
+import jax.numpy as jnp
+
+from ftdefense.core import types
+
+# Two compilations of one forward pass differ by a few roundings of float32. Closer than
+# this, relative to the state, two states are the same: no direction leads apart.
+_ROUNDING = 4 * float(jnp.finfo(jnp.float32).eps)
+
+
+def all_layers(outputs: types.Outputs) -> jax.Array:
+    """[N + 1, B, L, D] in Hugging Face's order: embeddings, blocks, the last one normed."""
+    hidden = outputs.hidden
+    embed_BxLxD, final_BxLxD = hidden["embed"], hidden["final"]
+    return jnp.concatenate([embed_BxLxD[None], hidden["resid"][:-1], final_BxLxD[None]])
+
+
+def distance(outputs: types.Outputs, reference: types.Outputs) -> jax.Array:
+    """Mean over layers and all positions of `||h - h_reference||`: not squared.
+
+    No gradient passes through `reference`; where the two agree the gradient is zero.
+    """
+    wide = jnp.promote_types(outputs.hidden["final"].dtype, jnp.float32)
+    here_NxBxLxD = all_layers(outputs).astype(wide)
+    there_NxBxLxD = jax.lax.stop_gradient(all_layers(reference)).astype(wide)
+    square = jnp.sum(jnp.square(here_NxBxLxD - there_NxBxLxD), -1)
+    floor = jnp.square(_ROUNDING) * jnp.sum(jnp.square(there_NxBxLxD), -1)
+    apart = square > floor
+    return jnp.mean(jnp.where(apart, jnp.sqrt(jnp.where(apart, square, 1.0)), 0.0))
