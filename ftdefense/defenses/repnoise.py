@@ -55,40 +55,19 @@ def streams(hp: Hparams) -> dict[str, tuple[int, ...]]:
     return {role: () for role in roles}
 
 
-def noise_distance(mlp_NxBxLxD, mask_BxL, rng) -> jax.Array:
-    """Mean over layers of MMD(masked states, masked Gaussian noise)."""
-    mask_BxLx1 = mask_BxL[..., None]
-
-    @jax.checkpoint
-    def add(total, layer):
-        mlp_BxLxD, rng = layer
-        u_BxLxD = distances.wide(mlp_BxLxD)
-        z_BxLxD = jax.random.normal(rng, u_BxLxD.shape, u_BxLxD.dtype)
-        u_BxF, z_BxF = (
-            (x * mask_BxLx1).reshape(x.shape[0], -1).astype(x.dtype)
-            for x in (u_BxLxD, z_BxLxD)
-        )
-        return total + distances.mmd(u_BxF, z_BxF).astype(total.dtype), None
-
-    layers = mlp_NxBxLxD.shape[0]
-    zero = jnp.zeros((), distances.wide(mlp_NxBxLxD[0, 0, 0, 0]).dtype)
-    rngs = jax.random.split(rng, layers)
-    return jax.lax.scan(add, zero, (mlp_NxBxLxD, rngs))[0] / layers
-
-
 def direction(ctx, params, batches, rng):
     hp, harmful, refusal = ctx.hp, batches["harmful"], batches["refusal"]
     rng_harmful, rng_refusal, rng_benign, rng_noise = jax.random.split(rng, 4)
     wanted = lens.targets(refusal, harmful, hp.mask)
     unwanted = lens.targets(harmful, refusal, hp.mask)
-    noised = hp.mask == "response"
+    all_real = hp.mask == "response"
     mask_BxL = (
-        distances.attended(harmful) if noised else lens.divergence(harmful, refusal)
+        distances.attended(harmful) if all_real else lens.divergence(harmful, refusal)
     )
 
     def loss(w):
         outputs = ctx.model(w, harmful.tokens, rng=rng_harmful)
-        noise = noise_distance(outputs.hidden["mlp"], mask_BxL, rng_noise)
+        noise = distances.to_noise(outputs.hidden["mlp"], mask_BxL, rng_noise)
         ascent = jnp.log(lens.ascent(ctx.readout, w, outputs, unwanted))
         kept = ctx.model(w, refusal.tokens, rng=rng_refusal)
         stability = lens.cross_entropy(kept.logits, wanted)

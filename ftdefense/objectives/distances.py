@@ -64,3 +64,30 @@ def mmd(
     xx, yy = kernel_BxB[:half, :half], kernel_BxB[half:, half:]
     xy, yx = kernel_BxB[:half, half:], kernel_BxB[half:, :half]
     return jnp.mean(xx + yy - xy - yx)
+
+
+def to_noise(
+    states_NxBxLxD: jax.Array, mask_BxL: jax.Array, rng: types.Rng
+) -> jax.Array:
+    """Mean over layers of the MMD of masked states from masked Gaussian noise.
+
+    A row of a sample is one text, all of its L * D numbers; the noise is standard
+    normal whatever the scale of the layer, and fresh for every layer.
+    """
+    mask_BxLx1 = mask_BxL[..., None]
+
+    @jax.checkpoint
+    def add(total, layer):
+        states_BxLxD, rng = layer
+        x_BxLxD = wide(states_BxLxD)
+        z_BxLxD = jax.random.normal(rng, x_BxLxD.shape, x_BxLxD.dtype)
+        x_BxF, z_BxF = (
+            (rows * mask_BxLx1).reshape(rows.shape[0], -1).astype(rows.dtype)
+            for rows in (x_BxLxD, z_BxLxD)
+        )
+        return total + mmd(x_BxF, z_BxF), None
+
+    layers = states_NxBxLxD.shape[0]
+    zero = jnp.zeros((), jnp.promote_types(states_NxBxLxD.dtype, jnp.float32))
+    rngs = jax.random.split(rng, layers)
+    return jax.lax.scan(add, zero, (states_NxBxLxD, rngs))[0] / layers

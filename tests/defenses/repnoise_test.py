@@ -4,9 +4,10 @@ Mutants:
   `hp.beta * noise - hp.alpha * ascent` -> `hp.beta * noise + hp.alpha * ascent`
   `+ hp.beta * noise` -> `- hp.beta * noise`
   `wanted = lens.targets(refusal, harmful, hp.mask)` -> `wanted = lens.targets(harmful, refusal, hp.mask)`
-  `(mlp_NxBxLxD, rngs))[0] / layers` -> `(mlp_NxBxLxD, rngs))[0]`
-  `noised = hp.mask == "response"` -> `noised = hp.mask != "response"`
-  `for x in (u_BxLxD, z_BxLxD)` -> `for x in (u_BxLxD, u_BxLxD)`
+  `(states_NxBxLxD, rngs))[0] / layers` -> `(states_NxBxLxD, rngs))[0]` in objectives/distances.py
+  `all_real = hp.mask == "response"` -> `all_real = hp.mask != "response"`
+  `for rows in (x_BxLxD, z_BxLxD)` -> `for rows in (x_BxLxD, x_BxLxD)` in objectives/distances.py
+  `jnp.log(lens.ascent(ctx.readout, w, outputs, unwanted))` -> `lens.ascent(ctx.readout, w, outputs, unwanted)`
 """
 
 import functools
@@ -128,7 +129,7 @@ def test_equal_pairs_leave_nothing():
 def test_noise_is_fresh():
     """Catches a key that the step does not reach."""
     mlp, mask = jnp.ones((2, 4, 6, 8)), jnp.ones((4, 6))
-    distance = jax.jit(repnoise.noise_distance)
+    distance = jax.jit(distances.to_noise)
     one, two = (distance(mlp, mask, jax.random.key(i)) for i in (0, 1))
     assert one != two
 
