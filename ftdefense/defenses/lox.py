@@ -27,6 +27,7 @@ from ftdefense.methods import optimizers
 from ftdefense.methods import plans
 
 STARTS_FROM = "aligned"
+NEEDS = ("pretrained",)
 
 
 @struct.dataclass
