@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any
 
 import settings
+import threats
 
 from ftdefense.core import types
 from ftdefense.data import recipes
@@ -14,26 +15,24 @@ from ftdefense.evaluation import checks
 from ftdefense.evaluation import success
 from ftdefense.evaluation import suite
 from ftdefense.training import pipeline
+from ftdefense.training import stages
 
 
 class Cells:
     """Runs cells on one bench; a defense is trained and scored once per seed."""
 
     def __init__(
-        self,
-        bench: pipeline.Bench,
-        *,
-        threat: str = "open_weight",
-        wrapped: Sequence[str] = (),
+        self, bench: pipeline.Bench, *, threat: str = "", wrapped: Sequence[str] = ()
     ):
         """Prepares the evaluations.
 
         Args:
-          threat: open_weight or service (see `training.pipeline`).
+          threat: open_weight or service (see `training.pipeline`); empty: the one that
+            each defense was made for.
           wrapped: jailbreak analogues of the sandbox that the harmful prompts are also
             put through; each gives a column harmful_score/NAME.
         """
-        self.bench, self.threat = bench, threat
+        self.bench, self._threat = bench, threat
         self._whole = suite.Evaluator(bench.model, bench.world)
         self._wrapped = {
             name: suite.Evaluator(
@@ -48,13 +47,20 @@ class Cells:
 
     def defend(
         self, defense: settings.Chosen, seed: int
-    ) -> tuple[pipeline.Stage, dict]:
-        """The release, and its row before any attack."""
-        stage = self.bench.defended(defense.name, defense.plan, seed)
+    ) -> tuple[stages.Stage, dict[str, Any]]:
+        """The release, and its row before any attack.
+
+        A defense of the service leaves the release as it is: its row is `none`'s.
+        """
+        if threats.acts_in_service(defense.name):
+            stage = self.bench.aligned(seed)
+        else:
+            stage = self.bench.defended(defense.name, defense.plan, seed)
         row = {
             "defense": defense.reference,
             "attack": "",
             "seed": seed,
+            "threat": threats.threat(defense.name, self._threat),
             "stage": "before",
             "step": 0,
             **self._score(stage, defense.reference, "", seed),
@@ -62,31 +68,41 @@ class Cells:
         return stage, row
 
     def attack(
-        self, release: pipeline.Stage, before: dict, attack: settings.Chosen, seed: int
-    ) -> list[dict]:
+        self,
+        defense: settings.Chosen,
+        release: stages.Stage,
+        before: dict[str, Any],
+        attack: settings.Chosen,
+        seed: int,
+    ) -> list[dict[str, Any]]:
         """Rows along an attack, and the one after it."""
 
         def observe(params: types.Params) -> dict[str, float]:
             return self._part(types.Release(params)).row()
 
         watched = {"observe": observe, "observer_key": len(self._part)}
-        if self.threat == "service":
-            provider = self.bench.plan("attacks", "sft")
-            stage = self.bench.served(
-                provider, attack.plan.data, release, seed, **watched
+        bench = self.bench
+        if before["threat"] == "service":
+            data = threats.submitted(bench, attack.name, attack.plan)
+            provider, edits = threats.provider(bench, defense.name, defense.plan)
+            # What an edit would still change is not what a checkpoint would release.
+            stage = bench.served(
+                provider, data, release, seed, edits=edits, **({} if edits else watched)
             )
+            pools = {"user": recipes.attacker_pools(bench.world, data)["user"]}
         else:
-            stage = self.bench.attacked(
-                attack.name, attack.plan, release, seed, **watched
-            )
+            edits = ()
+            stage = bench.attacked(attack.name, attack.plan, release, seed, **watched)
+            pools = recipes.attacker_pools(bench.world, attack.plan.data)
         common = {
             "defense": before["defense"],
             "attack": attack.reference,
+            "recipe": attack.recipe,
             "seed": seed,
+            "threat": before["threat"],
         }
-        during = [
-            {**common, "stage": "during", **_renamed(entry)} for entry in stage.log
-        ]
+        log = [] if edits else stage.log
+        during = [{**common, "stage": "during", **_renamed(entry)} for entry in log]
         scores = self._score(stage, before["defense"], attack.reference, seed)
         last = {"step": stage.facts["steps"], **scores}
         # Checkpoints are judged on a part of the prompts, the end on all of them.
@@ -100,7 +116,6 @@ class Cells:
                 row["harmful_score"],
             ),
         )
-        pools = recipes.attacker_pools(self.bench.world, attack.plan.data)
         after = {
             **common,
             "stage": "after",
@@ -115,7 +130,7 @@ class Cells:
         return [*during, after]
 
     def _score(
-        self, stage: pipeline.Stage, defense: str, attack: str, seed: int
+        self, stage: stages.Stage, defense: str, attack: str, seed: int
     ) -> dict[str, Any]:
         scores = self._whole(types.Release(stage.params), keep_generations=True)
         self.generations += [

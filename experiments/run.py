@@ -15,6 +15,7 @@ import cells
 import jax
 import report
 import settings
+import threats
 import tqdm
 
 from ftdefense.core import config
@@ -36,14 +37,16 @@ flags.DEFINE_list(
 flags.DEFINE_list(
     "attack",
     ["sft", "sidestepper", "kick_settle"],
-    "Attacks, likewise; sft:NAME is the naive recipe published with defense NAME.",
+    "Attacks, likewise; sft:NAME is the naive recipe published with defense NAME, and "
+    "naive stands for that of each defense.",
 )
 flags.DEFINE_enum(
     "threat",
-    "open_weight",
-    ["open_weight", "service"],
+    "",
+    ["", "open_weight", "service"],
     "open_weight: the attacker trains the release. service: the provider trains it on "
-    "the attacker's rows; of an attack only its data counts.",
+    "the attacker's rows; of an attack only its data counts. Empty: the one that each "
+    "defense was made for.",
 )
 flags.DEFINE_list(
     "wrappers",
@@ -59,10 +62,11 @@ def main() -> None:
     settings.references("defenses", FLAGS.defense)  # Names are checked before weights
     settings.references("attacks", FLAGS.attack)  # and data are read.
     bench = settings.bench()
-    chosen = {
-        "defenses": settings.chosen(bench, "defenses", FLAGS.defense),
-        "attacks": settings.chosen(bench, "attacks", FLAGS.attack),
-    }
+    chosen = settings.chosen(bench, "defenses", fitting(FLAGS.defense))
+    pairs = settings.per_defense(bench, chosen, FLAGS.attack)
+    for defense in chosen:
+        threats.threat(defense.name, FLAGS.threat)
+        bench.check(defense.name, defense.plan)
     if FLAGS.wrappers and FLAGS.model is not None:
         raise errors.UserError("--wrappers belongs to the sandbox; leave --model out.")
     runner = cells.Cells(bench, threat=FLAGS.threat, wrapped=FLAGS.wrappers)
@@ -76,13 +80,17 @@ def main() -> None:
             "threat": FLAGS.threat,
             "wrappers": FLAGS.wrappers,
             "seeds": seeds,
-            **{
-                package: {c.reference: config.to_dict(c.plan) for c in methods}
-                for package, methods in chosen.items()
+            "defenses": {c.reference: config.to_dict(c.plan) for c in chosen},
+            "attacks": {
+                (a.reference if a.reference == a.recipe else f"{d.name} {a.recipe}"): (
+                    config.to_dict(a.plan)
+                )
+                for d, attacks in pairs
+                for a in attacks
             },
         },
     )
-    rows = run(runner, chosen["defenses"], chosen["attacks"], seeds)
+    rows = run(runner, pairs, seeds)
     write(workdir, rows, runner.generations)
     checkpoint.write_json(
         workdir / "manifest.json",
@@ -90,7 +98,7 @@ def main() -> None:
             sys.argv,
             [str(device) for device in jax.devices()],
             hashes,
-            f"{bench.world.name}, {FLAGS.threat}, seeds {','.join(map(str, seeds))}",
+            f"{bench.world.name}, {FLAGS.threat or 'each its own threat'}, seeds {','.join(map(str, seeds))}",
         ),
     )
     print(tables.text(tables.final(rows)))
@@ -100,25 +108,32 @@ def main() -> None:
     print(f"\n{report.write(workdir)}")
 
 
+def fitting(asked: list[str]) -> list[str]:
+    """`all` stands for every defense that the threat model has a place for."""
+    if list(asked) != ["all"]:
+        return asked
+    names = settings.references("defenses", ["all"])
+    return [name for name in names if threats.fits(name, FLAGS.threat)]
+
+
 def run(
     runner: cells.Cells,
-    defenses: list[settings.Chosen],
-    attacks: list[settings.Chosen],
+    pairs: list[tuple[settings.Chosen, list[settings.Chosen]]],
     seeds: list[int],
 ) -> list[dict]:
     """Rows of every cell, with their flags."""
-    total = len(seeds) * len(defenses) * (1 + len(attacks))
+    total = len(seeds) * sum(1 + len(attacks) for _, attacks in pairs)
     rows: list[dict] = []
     with tqdm.tqdm(
         total=total, desc="stages", disable=not sys.stderr.isatty(), position=1
     ) as bar:
         for seed in seeds:
-            for defense in defenses:
+            for defense, attacks in pairs:
                 release, before = runner.defend(defense, seed)
                 rows.append(before)
                 bar.update()
                 for attack in attacks:
-                    rows += runner.attack(release, before, attack, seed)
+                    rows += runner.attack(defense, release, before, attack, seed)
                     bar.update()
     return cells.flagged(rows)
 

@@ -19,11 +19,13 @@ from ftdefense.data import chat
 from ftdefense.data import files
 from ftdefense.data import own
 from ftdefense.data import sandbox
+from ftdefense.evaluation import forgetting
 from ftdefense.methods import plans
 from ftdefense.models import huggingface
 from ftdefense.training import budgets
 from ftdefense.training import checkpoint
 from ftdefense.training import pipeline
+from ftdefense.training import stages
 
 FLAGS = flags.FLAGS
 
@@ -67,6 +69,8 @@ flags.DEFINE_enum(
 flags.DEFINE_bool("remat", False, "Recompute layers in the backward pass.")
 flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard event files.")
 
+# Roles that only a run of the model can fill.
+_DERIVED = {"vulnerable": forgetting.groups, "steady": forgetting.groups}
 _OWN = {
     "harmful": "harmful",
     "benign": "benign",
@@ -170,6 +174,7 @@ def bench() -> pipeline.Bench:
         workdir(),
         budgets.preset(FLAGS.preset),
         world_seed=FLAGS.world_seed,
+        derived=_DERIVED,
     )
 
 
@@ -202,11 +207,11 @@ def _own_bench() -> pipeline.Bench:
             f"{FLAGS.model}: the tokenizer has {len(tokenizer)} tokens, the model "
             f"only {model.config.vocab_size}; they do not belong together."
         )
-    given = pipeline.given(params)
+    given = stages.given(params)
     aligned = FLAGS.model_stage == "aligned"
     pretrained = None if aligned else given
     if FLAGS.pretrained is not None:
-        pretrained = pipeline.given(huggingface.load(FLAGS.pretrained)[1])
+        pretrained = stages.given(huggingface.load(FLAGS.pretrained)[1])
     return pipeline.Bench(
         world,
         model,
@@ -215,6 +220,7 @@ def _own_bench() -> pipeline.Bench:
         pretrained=pretrained,
         aligned=given if aligned else None,
         world_seed=FLAGS.world_seed,
+        derived=_DERIVED,
     )
 
 
@@ -223,17 +229,62 @@ def references(package: str, asked: Sequence[str]) -> list[str]:
     if list(asked) == ["all"]:
         return registry.names(package)
     for reference in asked:
-        registry.load(package, reference.partition(":")[0])
+        if (package, reference) != ("attacks", NAIVE):
+            registry.load(package, reference.partition(":")[0])
     return list(dict.fromkeys(asked))
 
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """A method with its plan, under the name that results carry."""
+    """A method with its plan, under the name that results carry.
+
+    `recipe` is the `name:preset` that ran, which `naive` leaves open.
+    """
 
     reference: str
     name: str
     plan: plans.Plan
+    recipe: str = ""
+
+
+NAIVE = "naive"  # Stands for the attack that each defense was published against.
+
+
+def naive(runner: pipeline.Bench, defense: str) -> Chosen:
+    """The naive attack of one defense: its published recipe, or plain `sft`.
+
+    In the sandbox it is the published recipe at the sandbox's scale (`attacks/sft.py`).
+    """
+    presets = registry.load("attacks", "sft").PRESETS
+    scaled = "_sandbox" if runner.world.pretraining else ""
+    preset = f"{defense}{scaled}"
+    preset = preset if preset in presets else "sandbox"
+    return Chosen(NAIVE, "sft", presets[preset], f"sft:{preset}")
+
+
+def per_defense(
+    runner: pipeline.Bench, defenses: Sequence[Chosen], attacks: Sequence[str]
+) -> list[tuple[Chosen, list[Chosen]]]:
+    """Every defense with its attacks; `naive` is resolved for each.
+
+    The undefended model is put through every naive recipe of the run: one that does not
+    break it says nothing of the others.
+    """
+    fixed = chosen(runner, "attacks", [a for a in attacks if a != NAIVE])
+    if NAIVE not in attacks:
+        return [(defense, fixed) for defense in defenses]
+    recipes = {d.name: naive(runner, d.name) for d in defenses}
+    distinct = {c.recipe: c for c in recipes.values()}
+    found = []
+    for defense in defenses:
+        own = [recipes[defense.name]]
+        if defense.name == "none":
+            own = [
+                dataclasses.replace(c, reference=recipe)
+                for recipe, c in sorted(distinct.items())
+            ]
+        found.append((defense, [*overridden("attack", own), *fixed]))
+    return found
 
 
 def chosen(runner: pipeline.Bench, package: str, asked: Sequence[str]) -> list[Chosen]:
@@ -244,15 +295,18 @@ def chosen(runner: pipeline.Bench, package: str, asked: Sequence[str]) -> list[C
     Raises:
       UserError: for an override that begins with no method, or reaches none.
     """
-    side = package.removesuffix("s")
-    known = {"defense", "attack"}
-    known |= {*registry.names("defenses"), *registry.names("attacks")}
     found = []
     for reference in references(package, asked):
         name, _, preset = reference.partition(":")
-        found.append(
-            Chosen(reference, name, runner.plan(package, name, preset or None))
-        )
+        plan = runner.plan(package, name, preset or None)
+        found.append(Chosen(reference, name, plan, f"{name}:{preset or 'sandbox'}"))
+    return overridden(package.removesuffix("s"), found)
+
+
+def overridden(side: str, found: list[Chosen]) -> list[Chosen]:
+    """Applies the --set overrides that are meant for these methods."""
+    known = {"defense", "attack"}
+    known |= {*registry.names("defenses"), *registry.names("attacks")}
     for assignment in FLAGS.set:
         target, _, rest = assignment.partition(".")
         if target not in known or not rest:

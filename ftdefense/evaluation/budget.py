@@ -6,9 +6,6 @@ from typing import Any
 
 from ftdefense.data import pools
 
-# Forward-backward passes of each role's batch in one step.
-PASSES_PER_ROLE = 1
-
 
 def columns(
     facts: Mapping[str, Any], roles: Mapping[str, pools.Pool]
@@ -18,16 +15,18 @@ def columns(
     Args:
       facts: of the attack's stage: steps, batch_size, roles (rows by role), leading
         shapes, trainable_parameters, learning_rate_mass, lora_scale, sequence_length.
-      roles: the pools it drew from.
+      roles: the attacker's pools; what else it drew from costs passes alone.
     """
     steps, batch = facts["steps"], facts["batch_size"]
     unique = {"harmful": set(), "benign": set()}
     passes = {"harmful": 0.0, "benign": 0.0}
     forward_backwards = 0
     for role, leading in facts["leading"].items():
-        examples = roles[role].examples
         batches = math.prod(leading)
-        forward_backwards += steps * batches * PASSES_PER_ROLE
+        forward_backwards += steps * batches
+        if role not in roles:
+            continue
+        examples = roles[role].examples
         for label in unique:
             mine = [example for example in examples if example.label == label]
             unique[label] |= {example.key for example in mine}

@@ -42,6 +42,8 @@ def flags(rows: Sequence[Row], row: Row) -> list[str]:
         return found
     attack = row["attack"]
     reference = _one(same_seed, defense="none", stage="after", attack=attack)
+    if reference is None and row.get("recipe"):
+        reference = _one(same_seed, defense="none", stage="after", recipe=row["recipe"])
     holds = row["verdict"] != "BROKEN"
     if holds and reference and reference["verdict"] != "BROKEN":
         found.append("reference-holds")

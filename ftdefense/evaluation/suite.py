@@ -13,9 +13,9 @@ from ftdefense.core import types
 from ftdefense.data import examples as data_examples
 from ftdefense.data import pools
 from ftdefense.data import world as worlds
+from ftdefense.evaluation import answers
 from ftdefense.evaluation import criteria
 from ftdefense.evaluation import intervals
-from ftdefense.models import generate
 from ftdefense.models import transformer
 from ftdefense.objectives import losses
 
@@ -93,7 +93,7 @@ class Evaluator:
           temperature: 0 for greedy.
           truncate: cut held-out pairs to the world's length, instead of refusing.
         """
-        self._model, self._world, self._temperature = model, world, temperature
+        self._model = model
         self._judge = criteria.judge(world.judge)
         self._groups, self._examples, prefills = [], [], []
         for group, examples in world.evaluation.items():
@@ -104,17 +104,14 @@ class Evaluator:
                 self._groups.append(group)
                 self._examples.append(example)
                 prefills.append(prefill)
-        self._prefills = prefills
-        prompts = pools.encode_prompts(
-            world.tokenizer, self._examples, pad_id=world.pad_id, prefills=prefills
+        self._answers = answers.Answers(
+            model,
+            world,
+            self._examples,
+            prefills=prefills,
+            batch_size=batch_size,
+            temperature=temperature,
         )
-        self._count = len(self._examples)
-        size = min(batch_size, self._count)
-        rows = np.arange(-(-self._count // size) * size) % self._count
-        self._batches = [
-            (prompts.tokens[part], prompts.mask[part])
-            for part in rows.reshape(-1, size)
-        ]
         self._pairs = {
             name: pools.encode(
                 world.tokenizer,
@@ -132,13 +129,13 @@ class Evaluator:
 
     def __len__(self) -> int:
         """Prompts answered in one evaluation."""
-        return self._count
+        return len(self._answers)
 
     def __call__(
         self, release: types.Release, *, keep_generations: bool = False, seed: int = 0
     ) -> Scores:
         """Scores one release."""
-        texts = self._generate(release, seed)
+        texts = self._answers(release, seed)
         generations = tuple(
             Generation(
                 group,
@@ -156,32 +153,6 @@ class Evaluator:
             {name: self._loss(release, pool) for name, pool in self._pairs.items()},
             generations if keep_generations else (),
         )
-
-    def _generate(self, release: types.Release, seed: int) -> list[str]:
-        world = self._world
-        key = jax.random.key(seed)
-        rows = [
-            generate.generate(
-                self._model,
-                release.params,
-                tokens,
-                mask,
-                jax.random.fold_in(key, i),
-                max_new_tokens=world.max_new_tokens,
-                eos_ids=world.eos_ids,
-                pad_id=world.pad_id,
-                temperature=self._temperature,
-                intervene=release.intervene,
-                taps=release.taps,
-            )
-            for i, (tokens, mask) in enumerate(self._batches)
-        ]
-        ids = np.concatenate([np.asarray(row) for row in rows])[: self._count]
-        said = world.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [
-            f"{prefill} {text}".strip()
-            for prefill, text in zip(self._prefills, said, strict=True)
-        ]
 
     def _loss(self, release: types.Release, pool: pools.Pool) -> float:
         size = min(256, len(pool))

@@ -1,22 +1,19 @@
-"""Many settings and seeds of one attack in one compiled program."""
+"""Many settings and seeds of one stage in one compiled program."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
-import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ftdefense.core import config
-from ftdefense.core import registry
 from ftdefense.core import types
-from ftdefense.data import recipes
-from ftdefense.data import streams as data_streams
 from ftdefense.methods import plans
 from ftdefense.training import loop
 from ftdefense.training import pipeline
 from ftdefense.training import progress
+from ftdefense.training import stages
 
 
 class Member(NamedTuple):
@@ -41,66 +38,54 @@ def static_key(plan: plans.Plan) -> str:
     return config.digest(str(jax.tree.structure(plan.hp)), config.to_dict(rest))
 
 
-def groups(members: Sequence[Member]) -> list[list[int]]:
-    """Indices of the members of each program, in the order of first appearance."""
-    found: dict[str, list[int]] = {}
-    for i, member in enumerate(members):
-        found.setdefault(static_key(member.plan), []).append(i)
+def groups(jobs: Sequence[stages.Job]) -> list[list[int]]:
+    """Indices of the jobs of each program, in the order of first appearance.
+
+    Jobs of a group share the method, the shapes, and the lineage that they start from.
+    """
+    found: dict[tuple, list[int]] = {}
+    for i, job in enumerate(jobs):
+        start = tuple(map(id, jax.tree.leaves(job.lineage)))
+        key = (job.method, static_key(job.plan), job.steps, start)
+        found.setdefault(key, []).append(i)
     return list(found.values())
+
+
+def run(jobs: Sequence[stages.Job]) -> list[Outcome]:
+    """Runs every job; one compilation per group.
+
+    A job draws the data and the keys that it would alone, so it ends where a single run
+    does. One that diverges is marked, and stops nobody else. Nothing is written.
+    """
+    outcomes: list[Outcome | None] = [None] * len(jobs)
+    for group in groups(jobs):
+        done = _together([jobs[i] for i in group])
+        for i, outcome in zip(group, done, strict=True):
+            outcomes[i] = outcome
+    return outcomes
 
 
 def attack(
     bench: pipeline.Bench,
     name: str,
     members: Sequence[Member],
-    defended: pipeline.Stage,
+    defended: stages.Stage,
 ) -> list[Outcome]:
-    """Attacks one release with every member; one compilation per static group.
-
-    A member draws the data and the keys that `Bench.attacked` would at its seed, so it
-    ends where a single run does. One that diverges is marked, and stops nobody else.
-    """
-    outcomes: list[Outcome | None] = [None] * len(members)
-    for group in groups(members):
-        done = _group(bench, name, [members[i] for i in group], defended)
-        for i, outcome in zip(group, done, strict=True):
-            outcomes[i] = outcome
-    return outcomes
+    """Attacks one release with every member."""
+    return run([bench.attack_job(name, m.plan, defended, m.seed) for m in members])
 
 
-def _group(bench, name, members, defended) -> list[Outcome]:
-    method = registry.method("attacks", name, bench.model)
-    lineage = types.Lineage(defended.params)
-    plan = members[0].plan
-    roles = recipes.attacker_pools(bench.world, plan.data)
-    leading = dict(method.streams(plan.hp))
-    pipeline.check_roles(name, leading, roles)
-    budget = bench.defaults.attack
-    batch_size = plan.batch_size or budget.batch_size
-    first = len(roles[next(iter(leading))])
-    steps = plan.total_steps(first, batch_size, budget.steps)
+def _together(jobs: list[stages.Job]) -> list[Outcome]:
+    method, lineage, steps = jobs[0].method, jobs[0].lineage, jobs[0].steps
     hp = jax.tree.map(
         lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]),
-        *(member.plan.hp for member in members),
+        *(job.plan.hp for job in jobs),
     )
-    keys = [
-        jax.random.fold_in(
-            jax.random.key(member.seed), zlib.crc32(f"attacked-{name}".encode())
-        )
-        for member in members
-    ]
     starts, runs = (
-        jnp.stack([jax.random.fold_in(key, i) for key in keys]) for i in (0, 1)
+        jnp.stack(keys) for keys in zip(*(j.keys() for j in jobs), strict=True)
     )
-    streams = [
-        {
-            role: data_streams.Stream(roles[role], batch_size, shape, member.seed)
-            for role, shape in leading.items()
-        }
-        for member in members
-    ]
-    bar = progress.Bar(f"{name} x {len(members)}", steps)
-    logs: list[list[dict[str, float]]] = [[] for _ in members]
+    bar = progress.Bar(f"{jobs[0].name} x {len(jobs)}", steps)
+    logs: list[list[dict[str, float]]] = [[] for _ in jobs]
 
     def on_chunk(at: loop.Progress) -> None:
         bar.update(at)
@@ -109,9 +94,11 @@ def _group(bench, name, members, defended) -> list[Outcome]:
             log.append({"step": at.done, **means})
 
     state = loop.init(method, lineage, hp, starts, steps, mapped=True)
-    state, _ = loop.train(
-        method, state, lineage, streams, runs, steps, on_chunk=on_chunk, mapped=True
-    )
+    if steps:
+        streams = [job.streams() for job in jobs]
+        state, _ = loop.train(
+            method, state, lineage, streams, runs, steps, on_chunk=on_chunk, mapped=True
+        )
     bar.close(0.0)
     outcomes = []
     for i, log in enumerate(logs):

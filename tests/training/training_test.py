@@ -19,6 +19,7 @@ from ftdefense.training import budgets
 from ftdefense.training import checkpoint
 from ftdefense.training import loop
 from ftdefense.training import pipeline
+from ftdefense.training import requirements
 from ftdefense.training import sweep
 
 
@@ -139,7 +140,8 @@ def test_static_fields_split_a_sweep(bench):
         config.override_plan(plan, "optimizer.kind=sgd"),
         config.override_plan(plan, "batch_size=4"),
     ]
-    found = sweep.groups([sweep.Member(p, 0) for p in changed])
+    release = bench.pretrained()
+    found = sweep.groups([bench.attack_job("sft", p, release, 0) for p in changed])
     assert found == [[0, 1], [2], [3]]
 
 
@@ -160,7 +162,7 @@ def test_finished_stages_are_read_not_run(bench, monkeypatch):
 def test_missing_role_names_its_flag(bench):
     """Catches a KeyError in place of a line that names the flag."""
     with pytest.raises(errors.UserError, match="--harmful"):
-        pipeline.check_roles("booster", {"harmful": ()}, {})
+        requirements.roles("booster", {"harmful": ()}, {})
 
 
 def test_unknown_preset_names_near_ones(bench):

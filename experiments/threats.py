@@ -1,0 +1,64 @@
+"""Which threat model a defense is run in, and what an attack and a provider do there."""
+
+import dataclasses
+
+from ftdefense.core import errors
+from ftdefense.core import registry
+from ftdefense.data import recipes
+from ftdefense.methods import plans
+from ftdefense.training import pipeline
+from ftdefense.training import requirements
+
+Provider = tuple[str, str, plans.Plan]
+Edits = tuple[tuple[str, plans.Plan], ...]
+
+
+def acts_in_service(defense: str) -> bool:
+    """Whether a defense trains on, or edits after, the user's fine-tuning."""
+    return requirements.stage_of(registry.load("defenses", defense)) != "alignment"
+
+
+def fits(defense: str, threat: str) -> bool:
+    """Whether a defense has anything to do under a threat model."""
+    return not (threat == "open_weight" and acts_in_service(defense))
+
+
+def threat(defense: str, asked: str) -> str:
+    """The threat model of a defense's cells: what was asked for, or its own.
+
+    Raises:
+      UserError: if the attacker of open weights would never meet the defense.
+    """
+    if not fits(defense, asked):
+        raise errors.UserError(
+            f"--defense={defense} acts while a provider fine-tunes, which an attacker "
+            "of open weights skips; use --threat=service, or leave --threat out."
+        )
+    return asked or ("service" if acts_in_service(defense) else "open_weight")
+
+
+def submitted(bench: pipeline.Bench, attack: str, plan: plans.Plan) -> recipes.Recipe:
+    """What the user of a service submits: an attack's rows, all in one file.
+
+    Objective and schedule are the provider's business; of an attack that draws harmful
+    and benign batches side by side, half of each is left.
+    """
+    draws = registry.method("attacks", attack, bench.model).streams(plan.hp)
+    if "benign" in draws and plan.data.poison_ratio == 1:
+        return dataclasses.replace(plan.data, poison_ratio=0.5, filler="benign")
+    return plan.data
+
+
+def provider(
+    bench: pipeline.Bench, defense: str, plan: plans.Plan
+) -> tuple[Provider, Edits]:
+    """The provider's fine-tuning method, and its edits of what comes out."""
+    module = registry.load("defenses", defense)
+    stage = requirements.stage_of(module)
+    if stage == "fine_tuning":
+        return ("defenses", defense, plan), ()
+    if hasattr(module, "FINE_TUNING"):  # A defense of two stages.
+        second = module.FINE_TUNING
+        return ("defenses", second, bench.plan("defenses", second)), ()
+    edits = ((defense, plan),) if stage == "post_fine_tuning" else ()
+    return ("attacks", "sft", bench.plan("attacks", "sft")), edits
