@@ -1,7 +1,7 @@
 """Constrained SFT: fine-tune on the user's rows, with the first tokens held in place.
 
 Stage        fine_tuning; the provider's own loss on the user's rows.
-Starts from  the aligned model that is offered for fine-tuning.
+Starts from  aligned
 Template     none
 Strategy     anchoring
 Minimises    sum over answer tokens t of -(2 / beta_t) log sigmoid(beta_t * D_t), with
@@ -17,10 +17,10 @@ Evidence     CODE for the rule, the floor, the mean and the preset; UNVERIFIED t
              rate decays linearly (the default of the library).
 Licence      see the repository.
 Differs      the reference is computed in the step, not before. Dropout stays off, as the
-             code has it for both; `microbatches` is not used.
+             code has it for both.
 Reduces to   SFT on the user's rows at beta = 0 for all t, exactly; at the first step it
              is SFT at any beta.
-Cost         2 forwards, 1 backward.
+Cost         2 forwards, 1 backward; 4, 1 with `microbatches` above 1.
 """
 
 from flax import struct
@@ -33,6 +33,7 @@ from ftdefense.methods import optimizers
 from ftdefense.methods import plans
 from ftdefense.methods import schedules
 from ftdefense.objectives import losses
+from ftdefense.objectives import parts
 
 STARTS_FROM = "aligned"
 
@@ -69,21 +70,25 @@ def token_weights(beta: jax.Array, log_ratio: jax.Array, floor: float) -> jax.Ar
 def direction(ctx, params, batches, rng):
     del rng
     hp, batch = ctx.hp, batches["user"]
-    targets_BxL, asked_BxL = batch.tokens[:, 1:], batch.weights[:, 1:]
-    beta_BxL = token_betas(hp, asked_BxL)
-    reference = ctx.reference(batch.tokens).logits
-    reference_BxL = losses.cross_entropy(reference[:, :-1], targets_BxL)
-    total = jnp.maximum(jnp.sum(asked_BxL), jnp.finfo(asked_BxL.dtype).tiny)
+    total = jnp.sum(batch.weights[:, 1:])
+    total = jnp.maximum(total, jnp.finfo(total.dtype).tiny)
 
     def loss(params):
-        logits = ctx.model(params, batch.tokens).logits
-        nats_BxL = losses.cross_entropy(logits[:, :-1], targets_BxL)
-        weight_BxL = token_weights(beta_BxL, reference_BxL - nats_BxL, hp.floor)
-        value = jnp.sum(weight_BxL * nats_BxL * asked_BxL) / total
-        return value, (
-            jnp.sum(nats_BxL * asked_BxL) / total,
-            jnp.sum(weight_BxL * asked_BxL) / total,
-        )
+        def sums(part, _):
+            targets_BxL, asked_BxL = part.tokens[:, 1:], part.weights[:, 1:]
+
+            def nats(outputs):
+                return losses.cross_entropy(outputs.logits[:, :-1], targets_BxL)
+
+            nats_BxL = nats(ctx.model(params, part.tokens))
+            log_ratio_BxL = nats(ctx.reference(part.tokens)) - nats_BxL
+            beta_BxL = token_betas(hp, asked_BxL)
+            weight_BxL = token_weights(beta_BxL, log_ratio_BxL, hp.floor)
+            terms = weight_BxL * nats_BxL, nats_BxL, weight_BxL
+            return [jnp.sum(term_BxL * asked_BxL) for term_BxL in terms]
+
+        value, *watched = parts.summed(sums, batch, hp.microbatches)
+        return value / total, [x / total for x in watched]
 
     (value, (nats, weight)), grads = jax.value_and_grad(loss, has_aux=True)(params)
     return grads, {"loss/weighted": value, "loss/user": nats, "weight/user": weight}

@@ -1,7 +1,7 @@
 """Deep alignment: learn to refuse after some tokens of a harmful answer, too.
 
 Stage        alignment.
-Starts from  an aligned chat model.
+Starts from  aligned
 Template     none
 Strategy     none
 Minimises    token-mean cross-entropy over refusals and anchors (the role `benign`)
@@ -16,8 +16,8 @@ Differs      anchors are the role's own answers, not distilled from the model wh
              stage starts. |h| counts supervised tokens, the end token among them, as in
              the code.
 Reduces to   SFT on the refusals and the anchors at augment = 0.
-Cost         1 forward, 1 backward of refusals of up to `max_prefix` tokens more, and of
-             `anchors` times as many anchors.
+Cost         2 forwards, 2 backwards: of refusals of up to `max_prefix` tokens more, and
+             of `anchors` times as many anchors.
 """
 
 from flax import struct
@@ -103,7 +103,7 @@ def direction(ctx, params, batches, rng):
             for (role, part), rng in zip(parts.items(), rngs, strict=False)
         }
         # One mean over the tokens of both, not of two means.
-        return sum(counts[role] / total * values[role] for role in parts), values
+        return sum(counts[role] * values[role] for role in parts) / total, values
 
     (value, values), grads = jax.value_and_grad(loss, has_aux=True)(params)
     return grads, {
