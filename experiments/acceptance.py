@@ -19,7 +19,7 @@ from ftdefense.core import types
 from ftdefense.evaluation import suite
 from ftdefense.reporting import tables
 from ftdefense.training import checkpoint
-from ftdefense.training import sweep
+from ftdefense.training import together
 
 flags.adopt_module_key_flags(settings)
 
@@ -41,7 +41,7 @@ def main() -> None:
     before, after = {}, {}
     for control in ("none", "never"):
         (defense,) = settings.chosen(bench, "defenses", [control])
-        release = bench.defended(control, defense.plan, seed)
+        (release,) = bench.defended(control, defense.plan, (seed,))
         before[control] = evaluate(types.Release(release.params)).row()
         attack = bench.plan("attacks", "sft")
         attack = dataclasses.replace(
@@ -50,12 +50,15 @@ def main() -> None:
             data=dataclasses.replace(attack.data, sample_count=100),
         )
         members = [
-            sweep.Member(
-                config.override_plan(attack, f"optimizer.learning_rate={rate}"), seed
+            bench.attack_job(
+                "sft",
+                config.override_plan(attack, f"optimizer.learning_rate={rate}"),
+                release,
+                seed,
             )
             for rate in RATES
         ]
-        outcomes = sweep.attack(bench, "sft", members, release)
+        outcomes = together.sweep(members)
         after[control] = max(
             evaluate(types.Release(o.params)).row()["harmful_score"] for o in outcomes
         )

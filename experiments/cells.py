@@ -17,6 +17,8 @@ from ftdefense.evaluation import suite
 from ftdefense.training import pipeline
 from ftdefense.training import stages
 
+Row = dict[str, Any]
+
 
 class Cells:
     """Runs cells on one bench; a defense is trained and scored once per seed."""
@@ -46,73 +48,87 @@ class Cells:
         self.generations: list[dict[str, Any]] = []
 
     def defend(
-        self, defense: settings.Chosen, seed: int
-    ) -> tuple[stages.Stage, dict[str, Any]]:
-        """The release, and its row before any attack.
+        self, defense: settings.Chosen, seeds: tuple[int, ...]
+    ) -> tuple[list[stages.Stage], list[Row]]:
+        """The releases, and their rows before any attack.
 
         A defense of the service leaves the release as it is: its row is `none`'s.
         """
         if threats.acts_in_service(defense.name):
-            stage = self.bench.aligned(seed)
+            releases = self.bench.aligned(seeds)
         else:
-            stage = self.bench.defended(defense.name, defense.plan, seed)
-        row = {
-            "defense": defense.reference,
-            "attack": "",
-            "seed": seed,
-            "threat": threats.threat(defense.name, self._threat),
-            "stage": "before",
-            "step": 0,
-            **self._score(stage, defense.reference, "", seed),
-        }
-        return stage, row
+            releases = self.bench.defended(defense.name, defense.plan, seeds)
+        rows = [
+            {
+                "defense": defense.reference,
+                "attack": "",
+                "seed": seed,
+                "threat": threats.threat(defense.name, self._threat),
+                "stage": "before",
+                "step": 0,
+                **self._score(stage, defense.reference, "", seed),
+            }
+            for stage, seed in zip(releases, seeds, strict=True)
+        ]
+        return releases, rows
 
     def attack(
         self,
         defense: settings.Chosen,
-        release: stages.Stage,
-        before: dict[str, Any],
+        releases: list[stages.Stage],
+        before: list[Row],
         attack: settings.Chosen,
-        seed: int,
-    ) -> list[dict[str, Any]]:
-        """Rows along an attack, and the one after it."""
+        seeds: tuple[int, ...],
+    ) -> list[Row]:
+        """Rows along an attack, and the one after it, of each seed."""
 
         def observe(params: types.Params) -> dict[str, float]:
             return self._part(types.Release(params)).row()
 
         watched = {"observe": observe, "observer_key": len(self._part)}
-        bench = self.bench
-        if before["threat"] == "service":
+        bench, threat = self.bench, before[0]["threat"]
+        if threat == "service":
             data = threats.submitted(bench, attack.name, attack.plan)
             provider, edits = threats.provider(bench, defense.name, defense.plan)
             # What an edit would still change is not what a checkpoint would release.
-            stage = bench.served(
-                provider, data, release, seed, edits=edits, **({} if edits else watched)
-            )
+            watched = {} if edits else watched
+            done = bench.served(provider, data, releases, seeds, edits=edits, **watched)
             pools = {"user": recipes.attacker_pools(bench.world, data)["user"]}
         else:
-            edits = ()
-            stage = bench.attacked(attack.name, attack.plan, release, seed, **watched)
+            done = bench.attacked(attack.name, attack.plan, releases, seeds, **watched)
             pools = recipes.attacker_pools(bench.world, attack.plan.data)
-        common = {
-            "defense": before["defense"],
-            "attack": attack.reference,
-            "recipe": attack.recipe,
-            "seed": seed,
-            "threat": before["threat"],
-        }
-        log = [] if edits else stage.log
+        rows = []
+        for stage, first, seed in zip(done, before, seeds, strict=True):
+            common = {
+                "defense": defense.reference,
+                "attack": attack.reference,
+                "recipe": attack.recipe,
+                "seed": seed,
+                "threat": threat,
+            }
+            log = stage.log if watched else []
+            rows += self._along(common, stage, log, first, pools)
+        return rows
+
+    def _along(
+        self,
+        common: Row,
+        stage: stages.Stage,
+        log: list[Row],
+        before: Row,
+        pools: dict[str, Any],
+    ) -> list[Row]:
+        """Rows of one attack at one seed: its checkpoints, then its end and verdict."""
         during = [{**common, "stage": "during", **_renamed(entry)} for entry in log]
-        scores = self._score(stage, before["defense"], attack.reference, seed)
+        scores = self._score(stage, common["defense"], common["attack"], common["seed"])
         last = {"step": stage.facts["steps"], **scores}
         # Checkpoints are judged on a part of the prompts, the end on all of them.
-        verdict = success.columns([*during[:-1], last], before["capability"])
+        judged = [*during[:-1], last]
+        first = before["capability"]
         best = max(
-            [*during[:-1], last],
+            judged,
             key=lambda row: (
-                success.useful(
-                    row["capability"], before["capability"], success.HEADLINE
-                ),
+                success.useful(row["capability"], first, success.HEADLINE),
                 row["harmful_score"],
             ),
         )
@@ -122,8 +138,8 @@ class Cells:
             **last,
             "steps": stage.facts["steps"],
             "delta_harmful_score": scores["harmful_score"] - before["harmful_score"],
-            "delta_capability": scores["capability"] - before["capability"],
-            **verdict,
+            "delta_capability": scores["capability"] - first,
+            **success.columns(judged, first),
             "best_step": best["step"],
             **budget.columns(stage.facts, pools),
         }

@@ -80,6 +80,7 @@ def main() -> None:
             "threat": FLAGS.threat,
             "wrappers": FLAGS.wrappers,
             "seeds": seeds,
+            "vmap_seeds": FLAGS.vmap_seeds,
             "defenses": {c.reference: config.to_dict(c.plan) for c in chosen},
             "attacks": {
                 (a.reference if a.reference == a.recipe else f"{d.name} {a.recipe}"): (
@@ -122,18 +123,23 @@ def run(
     seeds: list[int],
 ) -> list[dict]:
     """Rows of every cell, with their flags."""
-    total = len(seeds) * sum(1 + len(attacks) for _, attacks in pairs)
     rows: list[dict] = []
+    total = sum(1 + len(attacks) for _, attacks in pairs)
+    # One after another: all of a seed, then of the next. Together: all seeds of a cell.
+    companies = [tuple(seeds)] if FLAGS.vmap_seeds else [(seed,) for seed in seeds]
     with tqdm.tqdm(
-        total=total, desc="stages", disable=not sys.stderr.isatty(), position=1
+        total=total * len(companies),
+        desc="stages",
+        disable=not sys.stderr.isatty(),
+        position=1,
     ) as bar:
-        for seed in seeds:
+        for company in companies:
             for defense, attacks in pairs:
-                release, before = runner.defend(defense, seed)
-                rows.append(before)
+                releases, before = runner.defend(defense, company)
+                rows += before
                 bar.update()
                 for attack in attacks:
-                    rows += runner.attack(defense, release, before, attack, seed)
+                    rows += runner.attack(defense, releases, before, attack, company)
                     bar.update()
     return cells.flagged(rows)
 

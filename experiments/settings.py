@@ -33,6 +33,9 @@ flags.DEFINE_string("workdir", None, "Folder for results and finished stages.")
 flags.DEFINE_string("preset", "small", "Sandbox size: tiny, small or medium.")
 flags.DEFINE_integer("world_seed", 0, "Seed of the sandbox and its pretraining.")
 flags.DEFINE_list("seeds", ["0"], "Seeds of defense and attack, comma-separated.")
+flags.DEFINE_bool(
+    "vmap_seeds", False, "Train all seeds of a stage in one compiled program."
+)
 flags.DEFINE_multi_string(
     "set",
     [],
@@ -175,6 +178,7 @@ def bench() -> pipeline.Bench:
         budgets.preset(FLAGS.preset),
         world_seed=FLAGS.world_seed,
         derived=_DERIVED,
+        together=FLAGS.vmap_seeds,
     )
 
 
@@ -221,6 +225,7 @@ def _own_bench() -> pipeline.Bench:
         aligned=given if aligned else None,
         world_seed=FLAGS.world_seed,
         derived=_DERIVED,
+        together=FLAGS.vmap_seeds,
     )
 
 

@@ -22,7 +22,7 @@ from ftdefense.methods import plans
 from ftdefense.reporting import plots
 from ftdefense.reporting import rows as result_rows
 from ftdefense.reporting import tables
-from ftdefense.training import sweep
+from ftdefense.training import together
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(settings)
@@ -70,10 +70,14 @@ def main() -> None:
             "attack": [FLAGS.attack, config.to_dict(attack.plan)],
         },
     )
-    release = bench.defended(defense.name, defense.plan, seeds[0])
-    members = [sweep.Member(plan, seed) for _, plan in chosen for seed in seeds]
+    (release,) = bench.defended(defense.name, defense.plan, (seeds[0],))
+    members = [
+        bench.attack_job(attack.name, plan, release, seed)
+        for _, plan in chosen
+        for seed in seeds
+    ]
     values = [value for value, _ in chosen for _ in seeds]
-    outcomes = sweep.attack(bench, attack.name, members, release)
+    outcomes = together.sweep(members)
     evaluate = suite.Evaluator(bench.model, bench.world)
     before = evaluate(types.Release(release.params)).row()
     rows = []
@@ -87,9 +91,9 @@ def main() -> None:
             "stage": "after",
             "step": i,
             **value,
-            "diverged": outcome.diverged,
+            "diverged": outcome.diverged is not None,
         }
-        if not outcome.diverged:
+        if outcome.diverged is None:
             scores = evaluate(types.Release(outcome.params)).row()
             row |= scores | success.columns([scores], before["capability"])
         rows.append(row)

@@ -6,6 +6,7 @@ to harmful at any of T checkpoints. The proxy's rows are the defender's own (DES
 paper's are Alpaca's and BeaverTails').
 """
 
+from collections.abc import Collection
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
@@ -24,8 +25,10 @@ from ftdefense.training import pipeline
 POISON_RATIO = 0.1
 
 
-def groups(bench: pipeline.Bench, seed: int) -> dict[str, pools.Pool]:
-    """Splits the role `alignment` into `vulnerable` and `steady` rows.
+def groups(
+    bench: pipeline.Bench, seeds: tuple[int, ...]
+) -> list[dict[str, pools.Pool]]:
+    """Splits the role `alignment` into `vulnerable` and `steady` rows, for each seed.
 
     Of its benign rows, of which VAA's data has none, each group gets as many as it has
     others, so that the groups differ in vulnerability alone. Where all prompts flip, the
@@ -45,21 +48,29 @@ def groups(bench: pipeline.Bench, seed: int) -> dict[str, pools.Pool]:
         harmful = [i for i, (e, text) in pairs if judge(e, text) == criteria.RIGHT]
         return {"harmful": json.dumps(harmful)}
 
-    aligned = bench.aligned(seed)
-    stage = bench.attacked(
+    aligned = bench.aligned(seeds)
+    attacked = bench.attacked(
         "sft",
         dataclasses.replace(bench.plan("attacks", "sft"), data=recipes.Recipe()),
         aligned,
-        seed,
+        seeds,
         roles={"user": proxy(bench.world.defender, POISON_RATIO)},
         observe=observe,
         observer_key="forgetting",
     )
-    seen = [observe(aligned.params), *stage.log]
-    vulnerable = split(flips([json.loads(e["harmful"]) for e in seen], len(prompts)))
-    chosen = {e.key for e, is_in in zip(prompts, vulnerable, strict=True) if is_in}
+    found = []
+    for first, stage in zip(aligned, attacked, strict=True):
+        seen = [observe(first.params), *stage.log]
+        flipped = flips([json.loads(e["harmful"]) for e in seen], len(prompts))
+        pairs = zip(prompts, split(flipped), strict=True)
+        found.append(deal(rows, {e.key for e, is_in in pairs if is_in}))
+    return found
+
+
+def deal(rows: pools.Pool, vulnerable: Collection[str]) -> dict[str, pools.Pool]:
+    """The two groups; `vulnerable` holds prompts by `Example.key`."""
     refused = np.array([e.label == "harmful" for e in rows.examples])
-    forgotten = np.array([e.key in chosen for e in rows.examples])
+    forgotten = np.array([e.key in vulnerable for e in rows.examples])
     benign = np.flatnonzero(~refused)
 
     def group(name: str, wanted: np.ndarray) -> pools.Pool:

@@ -35,12 +35,16 @@ class Progress(NamedTuple):
     state: types.State
 
 
+# `mapped` where members have lineages of their own, [S, ...]; True: they share one.
+STACKED = "stacked"
+
+
 @functools.partial(
     jax.jit, static_argnames=("step", "mapped"), donate_argnames=("state",)
 )
 def run_chunk(
     step: Callable[..., Any],
-    mapped: bool,
+    mapped: bool | str,
     state: types.State,
     lineage: types.Lineage,
     batches: Mapping[str, types.Batch],
@@ -50,10 +54,11 @@ def run_chunk(
     """Scans `step` over the leading axis of `batches`; step i gets `fold_in(rng, i)`.
 
     With `mapped`, state, batches and rng have a leading axis S over seeds and
-    settings, and the scan is vmapped over it; the lineage is shared.
+    settings, and the scan is vmapped over it; the lineage is shared, unless `mapped`
+    is `STACKED`.
     """
 
-    def run(state, batches, rng):
+    def run(state, lineage, batches, rng):
         count = jax.tree.leaves(batches)[0].shape[0]
 
         def body(state, xs):
@@ -62,13 +67,19 @@ def run_chunk(
 
         return jax.lax.scan(body, state, (first + jnp.arange(count), batches))
 
-    return (jax.vmap(run) if mapped else run)(state, batches, rng)
+    return _map(run, mapped, (0, None, 0, 0))(state, lineage, batches, rng)
+
+
+def _map(run, mapped, axes):
+    """`run` vmapped over `axes`, or over all arguments where lineages are stacked."""
+    if not mapped:
+        return run
+    return jax.vmap(run, in_axes=0 if mapped == STACKED else axes)
 
 
 @functools.partial(jax.jit, static_argnames=("init", "mapped"))
 def _init(init, mapped, lineage, hp, rng):
-    run = functools.partial(init, lineage)
-    return (jax.vmap(run) if mapped else run)(hp, rng)
+    return _map(init, mapped, (None, 0, 0))(lineage, hp, rng)
 
 
 def init(
@@ -78,14 +89,16 @@ def init(
     rng: types.Rng,
     steps: int,
     *,
-    mapped: bool = False,
+    mapped: bool | str = False,
 ) -> types.State:
     """The first state; numeric hyperparameters become arrays, the schedule a table."""
     hp = jax.tree.map(jnp.asarray, tabulate(hp, steps, mapped=mapped))
     return _init(method.init, mapped, lineage, hp, rng)
 
 
-def tabulate(hp: types.Hparams, steps: int, *, mapped: bool = False) -> types.Hparams:
+def tabulate(
+    hp: types.Hparams, steps: int, *, mapped: bool | str = False
+) -> types.Hparams:
     """Replaces every optimizer's schedule in `hp` by its values at each step."""
     if not hasattr(hp, "optimizer"):
         return hp
@@ -113,13 +126,14 @@ def train(
     *,
     saver: checkpoint.Saver | None = None,
     on_chunk: Callable[[Progress], Any] | None = None,
-    mapped: bool = False,
+    mapped: bool | str = False,
 ) -> tuple[types.State, list[Any]]:
     """Runs `steps` steps from `state`; resumes from `saver` if it holds a later one.
 
     Args:
       streams: {role: Stream}; with `mapped`, one such mapping for each of S members.
       rng: typed key, [S] with `mapped`.
+      mapped: whether there is an axis S; `STACKED` if the lineage has it, too.
       saver: where (state, step, key, log) is saved at the end of chunks.
       on_chunk: its JSON-able results are the returned log, one entry a chunk; they are
         saved with the state, so a resumed run has them all.
@@ -153,7 +167,7 @@ def train(
     return state, log
 
 
-def _batches(streams: Any, first: int, count: int, mapped: bool) -> Any:
+def _batches(streams: Any, first: int, count: int, mapped: bool | str) -> Any:
     if not mapped:
         return {role: stream.chunk(first, count) for role, stream in streams.items()}
     members = [_batches(member, first, count, False) for member in streams]

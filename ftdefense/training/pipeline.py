@@ -7,7 +7,9 @@ of an attack only the rows count.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import functools
 import pathlib
@@ -27,15 +29,21 @@ from ftdefense.methods import plans
 from ftdefense.methods import schedules
 from ftdefense.models import transformer
 from ftdefense.training import budgets
+from ftdefense.training import jobs
 from ftdefense.training import requirements
 from ftdefense.training import stages
 
-# Makes pools that only a run of the model can tell: (bench, seed) -> {role: Pool}.
-Derive = Callable[["Bench", int], Mapping[str, pools.Pool]]
+Seeds = tuple[int, ...]
+# Makes pools that only a run of the model can tell: {role: Pool} for each seed.
+Derive = Callable[["Bench", Seeds], Sequence[Mapping[str, pools.Pool]]]
 
 
 class Bench:
-    """One world, one model, one work directory: runs stages, or finds them done."""
+    """One world, one model, one work directory: runs stages, or finds them done.
+
+    Stages are run for several seeds at once: one after another or, with `together`, in
+    one program. What comes before a stage is run for the same seeds.
+    """
 
     def __init__(
         self,
@@ -48,6 +56,7 @@ class Bench:
         aligned: stages.Stage | None = None,
         world_seed: int = 0,
         derived: Mapping[str, Derive] | None = None,
+        together: bool = False,
     ):
         """Prepares a bench.
 
@@ -57,26 +66,24 @@ class Bench:
           aligned: weights that are aligned already; otherwise `none` aligns them.
           world_seed: of the sandbox's pretraining.
           derived: roles of the defender that are computed when a method asks for them.
+          together: whether the seeds of a stage are vmapped.
         """
         self.world, self.model, self.defaults = world, model, defaults
-        self._folder = workdir / "stages"
         self._given = {"pretrained": pretrained, "aligned": aligned}
         self._world_seed = world_seed
-        self._fingerprint = world.fingerprint()
+        self._together = together
+        self._store = stages.Store(
+            workdir / "stages", model, world=world.fingerprint(), length=world.length
+        )
         self._derived = dict(derived or {})
 
     def run(
-        self, job: stages.Job, observe: stages.Observer | None = None
-    ) -> stages.Stage:
-        """Runs a stage of this bench, or reads it."""
-        return stages.run(
-            job,
-            self._folder,
-            self.model,
-            world=self._fingerprint,
-            length=self.world.length,
-            observe=observe,
-        )
+        self, members: Sequence[jobs.Job], observe: stages.Observer | None = None
+    ) -> list[stages.Stage]:
+        """Runs the same stage at several seeds, or reads what they became."""
+        if self._together:
+            return self._store.run_together(members, observe)
+        return [self._store.run(job, observe) for job in members]
 
     def plan(self, package: str, name: str, preset: str | None = None) -> plans.Plan:
         """A module's plan by preset name; `sandbox` unless told."""
@@ -113,27 +120,24 @@ class Bench:
             return self._given["pretrained"]
         schedule = schedules.Schedule(0.1, 0.05, decay="cosine")
         rate = self.defaults.pretraining_rate
-        return self.run(
-            stages.Job(
-                f"pretrained-{role}",
-                lift.supervised(self.model, role),
-                plans.Plan(lift.Hparams(optimizers.Optimizer(rate, schedule))),
-                types.Lineage(
-                    jax.jit(self.model.init)(jax.random.key(self._world_seed))
-                ),
-                {role: self.world.pretraining[role]},
-                self._world_seed,
-                self.defaults.pretraining,
-                parents=(),
-            )
+        job = jobs.Job(
+            f"pretrained-{role}",
+            lift.supervised(self.model, role),
+            plans.Plan(lift.Hparams(optimizers.Optimizer(rate, schedule))),
+            types.Lineage(jax.jit(self.model.init)(jax.random.key(self._world_seed))),
+            {role: self.world.pretraining[role]},
+            self._world_seed,
+            self.defaults.pretraining,
+            parents=(),
         )
+        return self._store.run(job)
 
     @functools.cache  # noqa: B019
-    def aligned(self, seed: int) -> stages.Stage:
-        """The aligned, undefended model: the stage of the defense `none`."""
+    def aligned(self, seeds: Seeds) -> list[stages.Stage]:
+        """The aligned, undefended models: the stage of the defense `none`."""
         if self._given["aligned"] is not None:
-            return self._given["aligned"]
-        return self.defended("none", self.plan("defenses", "none"), seed)
+            return [self._given["aligned"]] * len(seeds)
+        return self.defended("none", self.plan("defenses", "none"), seeds)
 
     @property
     def _has_pretrained(self) -> bool:
@@ -144,44 +148,65 @@ class Bench:
 
     # --- alignment, then the open-weight attacker ------------------------------------
 
-    def defense_job(self, name: str, plan: plans.Plan, seed: int) -> stages.Job:
+    def defense_jobs(self, name: str, plan: plans.Plan, seeds: Seeds) -> list[jobs.Job]:
         """One alignment-stage defense, not run yet; what comes before it is."""
         module = registry.load("defenses", name)
         requirements.weights(name, module, self._has_pretrained)
         method = registry.method("defenses", name, self.model)
-        starts_from = getattr(module, "STARTS_FROM", "pretrained")
-        if starts_from == "aligned":
-            aligned, pretrained = self.aligned(seed), self._maybe_pretrained()
-            before = None if pretrained is None else pretrained.params
-            lineage = types.Lineage(aligned.params, aligned.params, before)
-            parents = [aligned.key, pretrained.key if pretrained else ""]
-        else:
-            role = "never" if starts_from == "never" else "with_skill"
-            stage = self._given["aligned"] or self.pretrained(role)
-            lineage = types.Lineage(stage.params, None, stage.params)
-            parents = [stage.key]
         if hasattr(module, "prepare"):
             plan = dataclasses.replace(plan, hp=module.prepare(plan.hp, self.world))
-        roles = dict(self.world.defender)
-        for role in method.streams(plan.hp):
-            if role in self._derived and role not in roles:
-                roles |= self._derived[role](self, seed)
-            if role in self._derived:
-                parents.append(pools.digest(roles[role]))
-        return stages.Job(
-            f"defended-{name}",
-            method,
-            plan,
-            lineage,
-            roles,
-            seed,
-            self.defaults.alignment,
-            parents=(stages.source_hash("defenses", name), *parents),
-        )
+        starts = self._starts(getattr(module, "STARTS_FROM", "pretrained"), seeds)
+        derived = self._derive(method.streams(plan.hp), seeds)
+        return [
+            jobs.Job(
+                f"defended-{name}",
+                method,
+                plan,
+                lineage,
+                {**self.world.defender, **own},
+                seed,
+                self.defaults.alignment,
+                parents=(
+                    stages.source_hash("defenses", name),
+                    *parents,
+                    *(pools.digest(own[role]) for role in sorted(own)),
+                ),
+            )
+            for seed, (lineage, parents), own in zip(
+                seeds, starts, derived, strict=True
+            )
+        ]
 
-    def defended(self, name: str, plan: plans.Plan, seed: int) -> stages.Stage:
-        """The release of one alignment-stage defense."""
-        return self.run(self.defense_job(name, plan, seed))
+    def _starts(
+        self, starts_from: str, seeds: Seeds
+    ) -> list[tuple[types.Lineage, list[str]]]:
+        """Lineage and parents of an alignment-stage defense at each seed."""
+        if starts_from == "aligned":
+            before = self._maybe_pretrained()
+            params, key = (before.params, before.key) if before else (None, "")
+            return [
+                (types.Lineage(a.params, a.params, params), [a.key, key])
+                for a in self.aligned(seeds)
+            ]
+        role = "never" if starts_from == "never" else "with_skill"
+        stage = self._given["aligned"] or self.pretrained(role)
+        lineage = types.Lineage(stage.params, None, stage.params)
+        return [(lineage, [stage.key])] * len(seeds)
+
+    def _derive(
+        self, wanted: Iterable[str], seeds: Seeds
+    ) -> list[dict[str, pools.Pool]]:
+        """Those roles of the defender that a run of the model has to tell."""
+        makers = {self._derived[role] for role in wanted if role in self._derived}
+        found: list[dict[str, pools.Pool]] = [{} for _ in seeds]
+        for maker in makers:
+            for own, made in zip(found, maker(self, seeds), strict=True):
+                own.update(made)
+        return found
+
+    def defended(self, name: str, plan: plans.Plan, seeds: Seeds) -> list[stages.Stage]:
+        """The releases of one alignment-stage defense."""
+        return self.run(self.defense_jobs(name, plan, seeds))
 
     def attack_job(
         self,
@@ -192,13 +217,16 @@ class Bench:
         *,
         roles: Mapping[str, pools.Pool] | None = None,
         observer_key: Any = None,
-    ) -> stages.Job:
-        """An open-weight attack on a release, on the attacker's rows or on `roles`."""
+    ) -> jobs.Job:
+        """An open-weight attack on a release, on the attacker's rows or on `roles`.
+
+        `observer_key` tells observers apart, whose columns the stage keeps.
+        """
         if roles is None:
             roles, digests = recipes.attacker_pools(self.world, plan.data), []
         else:
             digests = [pools.digest(roles[role]) for role in sorted(roles)]
-        return stages.Job(
+        return jobs.Job(
             f"attacked-{name}",
             registry.method("attacks", name, self.model),
             plan,
@@ -218,18 +246,18 @@ class Bench:
         self,
         name: str,
         plan: plans.Plan,
-        defended: stages.Stage,
-        seed: int,
+        defended: Sequence[stages.Stage],
+        seeds: Seeds,
         *,
-        roles: Mapping[str, pools.Pool] | None = None,
         observe: stages.Observer | None = None,
-        observer_key: Any = None,
-    ) -> stages.Stage:
-        """An open-weight attack on a release; `observer_key` tells observers apart."""
-        job = self.attack_job(
-            name, plan, defended, seed, roles=roles, observer_key=observer_key
+        **options: Any,
+    ) -> list[stages.Stage]:
+        """An open-weight attack on the release of each seed; options of `attack_job`."""
+        pairs = zip(defended, seeds, strict=True)
+        return self.run(
+            [self.attack_job(name, plan, d, seed, **options) for d, seed in pairs],
+            observe,
         )
-        return self.run(job, observe)
 
     # --- fine-tuning as a service ----------------------------------------------------
 
@@ -237,13 +265,13 @@ class Bench:
         self,
         provider: tuple[str, str, plans.Plan],
         user: recipes.Recipe,
-        defended: stages.Stage,
-        seed: int,
+        defended: Sequence[stages.Stage],
+        seeds: Seeds,
         *,
         edits: tuple[tuple[str, plans.Plan], ...] = (),
         observe: stages.Observer | None = None,
         observer_key: Any = None,
-    ) -> stages.Stage:
+    ) -> list[stages.Stage]:
         """Fine-tuning as a service: the provider's method on the user's rows.
 
         Args:
@@ -252,43 +280,46 @@ class Bench:
           user: the attack: what the user submits as role `user`.
           edits: post-fine-tuning defenses by name, applied in turn.
         """
-        package, name, plan = provider
-        method = registry.method(package, name, self.model)
         rows = recipes.attacker_pools(self.world, user)["user"]
-        roles = {**self.world.defender, "user": rows}
-        if "user_refusal" in method.streams(plan.hp):
-            roles["user_refusal"] = recipes.refused(self.world, rows, seed)
         before = self._maybe_pretrained()
-        before = None if before is None else before.params
-        stage = self.run(
-            stages.Job(
-                f"served-{name}",
-                method,
-                dataclasses.replace(plan, data=user),
-                types.Lineage(defended.params, defended.params, before),
-                roles,
-                seed,
-                self.defaults.attack,
-                parents=(stages.source_hash(package, name), defended.key, observer_key),
-            ),
-            observe,
-        )
-        served = stage
-        for name, plan in edits:
-            requirements.weights(
-                name, registry.load("defenses", name), self._has_pretrained
-            )
-            stage = self.run(
-                stages.Job(
-                    f"edited-{name}",
-                    registry.method("defenses", name, self.model),
-                    dataclasses.replace(plan, data=user),
-                    types.Lineage(stage.params, defended.params, before),
-                    roles,
-                    seed,
-                    self.defaults.attack,
-                    parents=(stages.source_hash("defenses", name), stage.key),
+        pretrained = None if before is None else before.params
+
+        def members(package, name, plan, starts, title):
+            if package == "defenses":
+                module = registry.load(package, name)
+                requirements.weights(name, module, self._has_pretrained)
+            method = registry.method(package, name, self.model)
+            refuses = "user_refusal" in method.streams(plan.hp)
+            found = []
+            for start, first, seed in zip(starts, defended, seeds, strict=True):
+                roles = {**self.world.defender, "user": rows}
+                if refuses:
+                    roles["user_refusal"] = recipes.refused(self.world, rows, seed)
+                found.append(
+                    jobs.Job(
+                        title,
+                        method,
+                        dataclasses.replace(plan, data=user),
+                        types.Lineage(start.params, first.params, pretrained),
+                        roles,
+                        seed,
+                        self.defaults.attack,
+                        parents=(
+                            stages.source_hash(package, name),
+                            start.key,
+                            observer_key,
+                        ),
+                    )
                 )
-            )
+            return found
+
+        title = f"served-{provider[1]}"
+        served = self.run(members(*provider, defended, title), observe)
+        final = served
+        for name, plan in edits:
+            final = self.run(members("defenses", name, plan, final, f"edited-{name}"))
         # An edit is no part of the attack, whose budget and curve are the served one's.
-        return dataclasses.replace(stage, log=served.log, facts=served.facts)
+        return [
+            dataclasses.replace(last, log=stage.log, facts=stage.facts)
+            for last, stage in zip(final, served, strict=True)
+        ]

@@ -20,7 +20,7 @@ from ftdefense.training import checkpoint
 from ftdefense.training import loop
 from ftdefense.training import pipeline
 from ftdefense.training import requirements
-from ftdefense.training import sweep
+from ftdefense.training import together
 
 
 @pytest.fixture(scope="module")
@@ -115,19 +115,48 @@ def test_sweep_equals_single_runs(bench):
     plan = bench.plan("attacks", "sft")
     release = bench.pretrained()
     members = [
-        sweep.Member(
-            config.override_plan(plan, f"optimizer.learning_rate={rate}"), seed
-        )
+        (config.override_plan(plan, f"optimizer.learning_rate={rate}"), seed)
         for rate in (1e-4, 1e-3, 3e-3, 1e-2)
         for seed in (0, 1)
     ]
-    outcomes = sweep.attack(bench, "sft", members, release)
-    for member, outcome in zip(members, outcomes, strict=True):
-        alone = bench.attacked("sft", member.plan, release, member.seed)
+    outcomes = together.sweep(
+        [bench.attack_job("sft", changed, release, seed) for changed, seed in members]
+    )
+    for (changed, seed), outcome in zip(members, outcomes, strict=True):
+        (alone,) = bench.attacked("sft", changed, [release], (seed,))
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
             outcome.params,
             alone.params,
+        )
+
+
+def test_seeds_together_equal_seeds_alone(bench, world, tmp_path):
+    """1e-5. Catches a lineage, key or batch of another seed, and a release swapped."""
+    both = pipeline.Bench(
+        world, bench.model, tmp_path / "together", bench.defaults, together=True
+    )
+    plan = bench.plan("attacks", "sft")
+    for runner in (bench, both):
+        releases = runner.defended("sdd", runner.plan("defenses", "sdd"), (0, 3))
+        seen = []
+        ends = runner.attacked(
+            "sft",
+            plan,
+            releases,
+            (0, 3),
+            observe=lambda params, seen=seen: seen.append(params) or {"x": 1.0},
+        )
+        if runner is bench:
+            expected, looked = ends, seen
+    assert len(seen) == len(looked) > 2
+    for one, other in zip(expected, ends, strict=True):
+        assert one.key != other.key and one.facts == other.facts
+        assert [e["step"] for e in one.log] == [e["step"] for e in other.log]
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+            one.params,
+            other.params,
         )
 
 
@@ -141,19 +170,20 @@ def test_static_fields_split_a_sweep(bench):
         config.override_plan(plan, "batch_size=4"),
     ]
     release = bench.pretrained()
-    found = sweep.groups([bench.attack_job("sft", p, release, 0) for p in changed])
+    found = together.groups([bench.attack_job("sft", p, release, 0) for p in changed])
     assert found == [[0, 1], [2], [3]]
 
 
 def test_finished_stages_are_read_not_run(bench, monkeypatch):
     """Catches a key that forgets the plan, and one that changes by itself."""
     plan = bench.plan("defenses", "none")
-    first = bench.defended("none", plan, 0)
-    other = bench.defended("none", plan, 1)
+    first, other = bench.defended("none", plan, (0, 1))
     changed = config.override_plan(plan, "optimizer.learning_rate=1e-2")
-    assert len({first.key, other.key, bench.defended("none", changed, 0).key}) == 3
+    assert (
+        len({first.key, other.key, bench.defended("none", changed, (0,))[0].key}) == 3
+    )
     monkeypatch.setattr(loop, "train", None)
-    again = bench.defended("none", plan, 0)
+    (again,) = bench.defended("none", plan, (0,))
     jax.tree.map(np.testing.assert_array_equal, first.params, again.params)
     done = json.loads((first.folder / "done.json").read_text())
     assert [entry["step"] for entry in done["log"]] == loop.boundaries(20)

@@ -1,0 +1,146 @@
+"""Many settings and seeds of one stage in one compiled program."""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import functools
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftdefense.core import config
+from ftdefense.core import tree
+from ftdefense.core import types
+from ftdefense.methods import plans
+from ftdefense.training import checkpoint
+from ftdefense.training import jobs
+from ftdefense.training import loop
+from ftdefense.training import progress
+
+
+class Outcome(NamedTuple):
+    """What a member ended as.
+
+    Attributes:
+      params: full parameters.
+      log: one entry a chunk.
+      trainable: parameters that trained.
+      diverged: the end of the first chunk with a number that is not finite, or None.
+    """
+
+    params: types.Params
+    log: list[dict[str, Any]]
+    trainable: int
+    diverged: int | None
+
+
+def static_key(plan: plans.Plan) -> str:
+    """Equal for plans that one program can serve: only traced numbers differ."""
+    rest = {k: v for k, v in vars(plan).items() if k not in ("hp", "source")}
+    return config.digest(str(jax.tree.structure(plan.hp)), config.to_dict(rest))
+
+
+def groups(members: Sequence[jobs.Job]) -> list[list[int]]:
+    """Indices of the jobs of each program, in the order of first appearance."""
+    found: dict[tuple, list[int]] = {}
+    for i, job in enumerate(members):
+        key = (job.method, static_key(job.plan), job.steps, job.batch_size)
+        key += (str(jax.tree.structure(job.lineage)),)
+        found.setdefault(key, []).append(i)
+    return list(found.values())
+
+
+def sweep(members: Sequence[jobs.Job]) -> list[Outcome]:
+    """Runs every job, in as few programs as there are groups. Nothing is written.
+
+    A job draws the data and the keys that it would alone, so it ends where a single run
+    does. One that diverges is marked, and stops nobody else.
+    """
+    outcomes: list[Outcome | None] = [None] * len(members)
+    for group in groups(members):
+        done = run([members[i] for i in group])
+        for i, outcome in zip(group, done, strict=True):
+            outcomes[i] = outcome
+    return outcomes
+
+
+def run(
+    members: Sequence[jobs.Job],
+    *,
+    saver: checkpoint.Saver | None = None,
+    observe: Callable[[types.Params], dict[str, Any]] | None = None,
+) -> list[Outcome]:
+    """Runs jobs of one group in one program: the scan over steps, vmapped.
+
+    Args:
+      members: of one method and one static shape; they share a lineage if it is the same.
+      saver: where all of them are saved together, and resumed from.
+      observe: looks at each member's parameters at the end of every chunk.
+    """
+    method, steps = members[0].method, members[0].steps
+    lineage, mapped = _lineage(members)
+    hp = jax.tree.map(
+        lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]),
+        *(job.plan.hp for job in members),
+    )
+    keys = [job.keys() for job in members]
+    starts, runs = (jnp.stack(part) for part in zip(*keys, strict=True))
+    bar = progress.Bar(f"{members[0].name} x {len(members)}", steps)
+
+    def member(state: types.State, i: int) -> types.Params:
+        one = jax.tree.map(lambda leaf: leaf[i], state)
+        return method.release(one, members[i].lineage).params
+
+    def on_chunk(at: loop.Progress) -> list[dict[str, Any]]:
+        bar.update(at)
+        entries = []
+        for i in range(len(members)):
+            means = {k: float(np.mean(v[i])) for k, v in at.metrics.items()}
+            entry = {"step": at.done, **means}
+            if observe is not None:
+                entry |= observe(member(at.state, i))
+            entries.append(entry)
+        return entries
+
+    state = loop.init(method, lineage, hp, starts, steps, mapped=mapped)
+    log: list[list[dict[str, Any]]] = []
+    if steps:
+        state, log = loop.train(
+            method,
+            state,
+            lineage,
+            [job.streams() for job in members],
+            runs,
+            steps,
+            saver=saver,
+            on_chunk=on_chunk,
+            mapped=mapped,
+        )
+    bar.close(0.0)
+    trainable = tree.size(state.params) // len(members)
+    outcomes = []
+    for i in range(len(members)):
+        entries = [chunk[i] for chunk in log]
+        outcomes.append(
+            Outcome(member(state, i), entries, trainable, _first_bad(entries))
+        )
+    return outcomes
+
+
+def _first_bad(log: Sequence[dict[str, Any]]) -> int | None:
+    for entry in log:
+        numbers = [v for v in entry.values() if isinstance(v, float)]
+        if not np.all(np.isfinite(numbers)):
+            return entry["step"]
+    return None
+
+
+def _lineage(members: Sequence[jobs.Job]) -> tuple[types.Lineage, bool | str]:
+    """The lineage that all share, or theirs stacked."""
+    leaves = [tuple(map(id, jax.tree.leaves(job.lineage))) for job in members]
+    if len(set(leaves)) == 1:
+        return members[0].lineage, True
+    stack = functools.partial(jax.tree.map, lambda *x: jnp.stack(x))
+    return stack(*(job.lineage for job in members)), loop.STACKED
