@@ -20,7 +20,6 @@ import numpy as np
 
 import ftdefense
 from ftdefense.core import config
-from ftdefense.core import errors
 from ftdefense.core import registry
 from ftdefense.core import tree
 from ftdefense.core import types
@@ -151,15 +150,6 @@ class Store:
             outcomes = together.run(jobs, saver=saver, observe=observe)
             saver.close()
             seconds = (time.monotonic() - started) / len(jobs)
-            for job, (folder, key), outcome in zip(
-                jobs, claimed, outcomes, strict=True
-            ):
-                if outcome.diverged:
-                    raise errors.NonFiniteError(
-                        f"{job.name} at seed {job.seed} is not finite at step "
-                        f"{outcome.diverged}. Lower optimizer.learning_rate or set "
-                        "optimizer.clip, then run again."
-                    )
             # The first folder holds what all resume from, and so is finished last.
             rest = list(zip(jobs, claimed, outcomes, strict=True))[::-1]
             for job, (folder, key), outcome in rest:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftdefense.core import config
+from ftdefense.core import errors
 from ftdefense.core import tree
 from ftdefense.core import types
 from ftdefense.methods import plans
@@ -76,8 +77,12 @@ def run(
 
     Args:
       members: of one method and one static shape; they share a lineage if it is the same.
-      saver: where all of them are saved together, and resumed from.
+      saver: where all of them are saved together, and resumed from. What is to be kept
+        must be finite: a member that diverges stops them all.
       observe: looks at each member's parameters at the end of every chunk.
+
+    Raises:
+      NonFiniteError: with `saver`; names member, step and metric.
     """
     method, steps = members[0].method, members[0].steps
     lineage, mapped = _lineage(members)
@@ -99,6 +104,8 @@ def run(
         for i in range(len(members)):
             means = {k: float(np.mean(v[i])) for k, v in at.metrics.items()}
             entry = {"step": at.done, **means}
+            if saver is not None:
+                _refuse(members[i], entry, saver)
             if observe is not None:
                 entry |= observe(member(at.state, i))
             entries.append(entry)
@@ -130,11 +137,25 @@ def run(
 
 
 def _first_bad(log: Sequence[dict[str, Any]]) -> int | None:
-    for entry in log:
-        numbers = [v for v in entry.values() if isinstance(v, float)]
-        if not np.all(np.isfinite(numbers)):
-            return entry["step"]
-    return None
+    return next((entry["step"] for entry in log if _bad(entry)), None)
+
+
+def _bad(entry: dict[str, Any]) -> list[str]:
+    return [k for k, v in entry.items() if isinstance(v, float) and not np.isfinite(v)]
+
+
+def _refuse(job: jobs.Job, entry: dict[str, Any], saver: checkpoint.Saver) -> None:
+    bad = _bad(entry)
+    if bad:
+        kept = saver.last()
+        where = (
+            f"the last good checkpoint is {kept}" if kept else "nothing was saved yet"
+        )
+        raise errors.NonFiniteError(
+            f"{job.name} at seed {job.seed}: {bad[0]} is {entry[bad[0]]} by step "
+            f"{entry['step']}; {where}. Lower optimizer.learning_rate or set "
+            "optimizer.clip, then run again."
+        )
 
 
 def _lineage(members: Sequence[jobs.Job]) -> tuple[types.Lineage, bool | str]:
