@@ -19,7 +19,7 @@ Evidence     CODE
 Licence      MIT
 Differs      gp and cr follow the paper: in the code `.item()` cuts their gradients, so
              that gp is npo, and cr would be npo with a doubled forget gradient;
-             `shipped` = True repeats that. rs is clipped like the others.
+             `shipped` = True repeats that.
 Reduces to   npo (or graddiff) at rho = 0 or sigma = 0; SFT on the benign rows without
              the forget term.
 Cost         3 forwards, 3 backwards (sam); 2 (none, wa), 1 + draws (rs), 3 (gp), 5 (cr);
@@ -144,11 +144,11 @@ def method(model: types.Model) -> types.Method:
     return lifted._replace(release=release)
 
 
-def _published(learning_rate, beta, gamma, **fields) -> plans.Plan:
+def _published(learning_rate, beta, gamma, clip=1.0, **fields) -> plans.Plan:
     linear = schedules.Schedule(warmup_ratio=0.1, decay="linear")
     return plans.Plan(
         Hparams(
-            optimizers.Optimizer(learning_rate, linear),
+            optimizers.Optimizer(learning_rate, linear, clip=clip),
             beta=beta,
             gamma=gamma,
             **fields,
@@ -168,7 +168,10 @@ PRESETS = {
     ),
     "code": _published(5e-6, 0.015, 2.25, rho=0.01, smooth="sam"),
     "code_npo": _published(5e-6, 0.0225, 1.0, smooth="none"),
-    "code_rs": _published(1e-5, 0.0125, 2.0, sigma=1e-4, smooth="rs"),
+    # Its code takes the optimizer's step itself, before Trainer would clip.
+    "code_rs": _published(
+        1e-5, 0.0125, 2.0, clip=float("inf"), sigma=1e-4, smooth="rs"
+    ),
     "code_cr": _published(8.5e-6, 0.035, 1.0, rho=10.0, mu=0.01, smooth="cr"),
     "code_gp": _published(7.5e-6, 0.04, 1.0, rho=10.0, smooth="gp"),
     "code_wa": _published(5.5e-6, 0.05, 2.0, smooth="wa"),
