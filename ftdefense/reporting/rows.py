@@ -11,7 +11,7 @@ from typing import Any
 from ftdefense.core import errors
 
 Row = Mapping[str, Any]
-KEY = ("defense", "attack", "seed", "stage", "step")
+KEY = ("defense", "attack", "seed", "stage", "step", "setting")
 
 
 def key(row: Row) -> tuple[Any, ...]:
