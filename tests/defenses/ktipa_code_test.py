@@ -147,14 +147,14 @@ def test_one_reference_point_for_all_parts():
 
 def test_mismatched_answers():
     """K10: prompt i, answer i + 1, cut at L. Catches i - 1, and a prompt's end missed."""
-    tokens = np.array([[1, 2, 3, 4, 0], [5, 6, 7, 8, 9], [10, 11, 12, 13, 0]], np.int32)
-    weights = np.array([[0, 0, 0, 1, 0], [0, 1, 1, 1, 1], [0, 0, 1, 1, 0]], np.float32)
+    tokens = np.array([[1, 2, 3, 4, 0], [5, 6, 7, 8, 9], [10, 11, 12, 13, 14]], np.int32)
+    weights = np.array([[0, 0, 0, 1, 0], [0, 1, 1, 1, 1], [0, 0, 1, 1, 1]], np.float32)
     found = ktipa.mismatched(types.Batch(tokens, weights))
     kept = [
         [int(t) for t, w in zip(*rows, strict=True) if w]
         for rows in zip(found.tokens, found.weights, strict=True)
     ]
-    assert kept == [[6, 7], [12, 13], [4]]  # 8 and 9 do not fit.
+    assert kept == [[6, 7], [12, 13, 14], [4]]  # 8 and 9 do not fit.
     np.testing.assert_array_equal(found.tokens[0], [1, 2, 3, 6, 7])
     np.testing.assert_array_equal(found.tokens[1, :3], [5, 12, 13])
     np.testing.assert_array_equal(found.tokens[2, :3], [10, 11, 4])
