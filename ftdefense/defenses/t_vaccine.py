@@ -28,6 +28,7 @@ from ftdefense.methods import adapters
 from ftdefense.methods import freezing
 from ftdefense.methods import lift
 from ftdefense.methods import optimizers
+from ftdefense.methods import phases
 from ftdefense.methods import plans
 from ftdefense.methods import schedules
 from ftdefense.methods import shifts
@@ -70,11 +71,11 @@ def draw(rng, probability_N: jax.Array, count: int) -> jax.Array:
 def direction(ctx, params, batches, rng, memory):
     hp, batch = ctx.hp, batches["alignment"]
     rng_score, rng_draw, rng_clean, rng_shifted = jax.random.split(rng, 4)
-    probability_N = jax.lax.cond(
-        ctx.step % hp.score_every == 0,
-        lambda: score(ctx, params, batches["harmful"], rng_score).astype(jnp.float32),
-        lambda: memory["probability"],
-    )
+    scores = ctx.step % hp.score_every == 0
+    scored_N = phases.only_if(
+        scores, lambda: score(ctx, params, batches["harmful"], rng_score)
+    ).astype(jnp.float32)
+    probability_N = jnp.where(scores, scored_N, memory["probability"])
     drawn_N = jnp.where(
         ctx.step % hp.draw_every == 0,
         draw(rng_draw, probability_N, hp.layers),

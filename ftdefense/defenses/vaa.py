@@ -26,6 +26,7 @@ from ftdefense.core import tree
 from ftdefense.core import types
 from ftdefense.methods import lift
 from ftdefense.methods import optimizers
+from ftdefense.methods import phases
 from ftdefense.methods import plans
 from ftdefense.methods import schedules
 
@@ -72,7 +73,10 @@ def direction(ctx, params, batches, rng, memory):
         uphill = tree.add_scale(params, hp.rho, tree.normalize(grad))
         return jax.value_and_grad(ctx.loss)(uphill, batch, rng_shifted)
 
-    loss, grads = jax.lax.cond(ascends, shifted, lambda: (clean, grad))
+    moved = phases.only_if(ascends, shifted)
+    loss, grads = jax.tree.map(
+        lambda a, b: jnp.where(ascends, a, b), moved, (clean, grad)
+    )
     after = adjust(p, loss, vulnerable, hp.eta).astype(p.dtype)
     metrics = {
         "loss/alignment": clean,
