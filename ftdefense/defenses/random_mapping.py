@@ -7,6 +7,7 @@ Strategy     self-destruct
 Minimises    lam * mean over layers and positions of (1 - |cos(h_l[t], R[id_t])|) on the
              harmful batch + lam_retain * CE(retain), with R ~ N(0, 1)^(V x D) frozen;
              all hidden states, the embeddings among them; all positions, padding too.
+             Each cosine counts by its size, so either of +-R[id_t] will do.
 Source       Tamirisa et al. 2024, arXiv:2408.00761: TAR's first phase; code read at
              rishub-tamirisa/tamper-resistance 19de233 (specs: artifacts TASK 2, 2.2).
 Evidence     CODE
@@ -68,10 +69,14 @@ PRESETS = {
         source="DESIGN: BUILD_NOTES.md, Sandbox presets",
     ),
     "code": plans.Plan(
-        Hparams(optimizers.Optimizer(1e-5, clip=float("inf"))),
+        Hparams(
+            optimizers.Optimizer(
+                1e-5, schedules.Schedule(100 / 1000), clip=float("inf")
+            )
+        ),
         batch_size=8,
         steps=1000,
-        source="rishub-tamirisa/tamper-resistance 19de233, defaults of its loop; "
-        "learning rate as in specs, artifacts 2.2; batch size DESIGN",
+        source="rishub-tamirisa/tamper-resistance 19de233, defaults of "
+        "modules/baselines.py",
     ),
 }

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from ftdefense.core import types
+from ftdefense.objectives import losses
+from ftdefense.objectives import parts
 
 # Two compilations of one forward pass differ by a few roundings of float32. Closer than
 # this, relative to the state, two states are the same: no direction leads apart.
@@ -29,3 +31,21 @@ def distance(outputs: types.Outputs, reference: types.Outputs) -> jax.Array:
     floor = jnp.square(_ROUNDING) * jnp.sum(jnp.square(there_NxBxLxD), -1)
     apart = square > floor
     return jnp.mean(jnp.where(apart, jnp.sqrt(jnp.where(apart, square, 1.0)), 0.0))
+
+
+def retained(
+    ctx: types.Context,
+    params: types.Params,
+    batch: types.Batch,
+    rng: types.Rng | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """(next-token loss, distance from the stage's start), of one forward pass of each."""
+
+    def compute(batch, rng):
+        outputs = ctx.model(params, batch.tokens, rng=rng)
+        moved = distance(outputs, ctx.reference(batch.tokens))
+        return *losses.weighted_sums(outputs, batch), moved
+
+    count = ctx.hp.microbatches
+    total, weight, moved = parts.summed(compute, batch, count, rng)
+    return total / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny), moved / count

@@ -11,17 +11,25 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from ftdefense.core import errors
 from ftdefense.core import types
 from ftdefense.objectives import parts
 from ftdefense.objectives import preferences
 
-OBJECTIVES = ("entropy", "dpo")
+_ROLES = {"entropy": ("heldout",), "dpo": ("heldout", "heldout_refusal")}
+
+
+def roles(name: str) -> tuple[str, ...]:
+    """The roles that the objective of this name is taken on."""
+    if name not in _ROLES:
+        raise errors.unknown("objective", name, _ROLES)
+    return _ROLES[name]
 
 
 def objective(
     ctx: types.Context, heldout: Mapping[str, types.Batch], name: str, beta: float
 ) -> Callable[..., jax.Array]:
-    """`loss(params, rng)` by its name; `heldout` holds the roles of that name."""
+    """`loss(params, rng)` by its name; `heldout` maps its `roles` to batches."""
     if name == "dpo":
         return dpo(ctx, heldout["heldout"], heldout["heldout_refusal"], beta)
     return entropy(ctx, heldout["heldout"])

@@ -1,16 +1,20 @@
 """TAR: R1 (range, null adversaries, weights, count), a plain loop, switch, phases.
 
 Mutants:
-  `(k - (hp.inner_steps - 1))` -> `(k - hp.inner_steps)`
-  `jnp.where(k < switch, r, f)` -> `jnp.where(k > switch, r, f)`
+  `(k_K - (hp.inner_steps - 1))` -> `(k_K - hp.inner_steps)`
   `hp.lam / hp.tasks *` -> `hp.lam *`
-  `value_and_grad(objective)(` -> `value_and_grad(lambda *a: -objective(*a))(`
   `hp.lam_retain * r + t + m` -> `hp.lam_retain * (r + t) + m`
   `~mapping, lambda` -> `mapping, lambda`
   `value >= hp.bound` -> `value <= hp.bound`
-  `x[1:].reshape(hp.tasks` -> `x[:-1].reshape(hp.tasks`
-  `(start, total), xs)` -> `(start, jax.tree.map(jnp.zeros_like, total)), xs)`
+  `x[1:].reshape(*shape` -> `x[:-1].reshape(*shape`
+  `loss + lam_hidden * moved` -> `loss + moved`
+  `jnp.where(early, b, r)` -> `jnp.where(early, r, b)` in methods/adversaries.py
+  `optax.adamw(rate, weight_decay=self.weight_decay)` -> `optax.adam(rate)` in methods/adversaries.py
+  `total, weights[-1], grads` -> `total, -weights[-1], grads` in methods/adversaries.py
+  `xs = jax.tree.map(in_blocks, (rows, rngs, weights_K))` -> `xs = jax.tree.map(in_blocks, (rows, rngs, weights_K[::-1]))` in methods/adversaries.py
+  `value, grads = judged(there, rng)` -> `value, grads = judged(params, rng)` in methods/adversaries.py
   `p_BxLxV * logps_BxLxV` -> `logps_BxLxV` in objectives/resistance.py
+  `logps(ctx.reference, (refusal, heldout))` -> `logps(ctx.reference, (heldout, refusal))` in objectives/resistance.py
   `return jnp.mean(jnp.where(apart, jnp.sqrt(` -> `return jnp.mean(jnp.where(apart, (` in objectives/representations.py
 """
 
@@ -22,6 +26,7 @@ import pytest
 from ftdefense.core import errors
 from ftdefense.core import tree
 from ftdefense.defenses import tar
+from ftdefense.methods import adversaries
 from ftdefense.methods import phases
 from ftdefense.objectives import losses
 from ftdefense.objectives import representations
@@ -31,7 +36,9 @@ from ..conftest import batch
 from . import common
 
 MODEL = common.MODEL
-ATTACK = {"tasks": 2, "inner_steps": 7, "every": 3, "learning_rates": (1e-2,)}
+SHAPE = {"tasks": 2, "inner_steps": 7, "every": 3}
+ATTACK = {**SHAPE, "adversary": adversaries.Mix((1e-2,))}
+forward = jax.jit(MODEL)
 
 
 def stack(*leading, seed):
@@ -66,35 +73,34 @@ def at(batches, *index):
     return jax.tree.map(lambda x: x[index], batches)
 
 
-def entropy_gradient(weights, heldout):
-    def loss(w):
-        return resistance.negative_entropy(MODEL(w, heldout.tokens).logits)
+@jax.jit
+@jax.value_and_grad
+def entropy(weights, heldout):
+    """Its value and gradient, written anew."""
+    p = jax.nn.softmax(MODEL(weights, heldout.tokens).logits)
+    return jnp.mean(jnp.sum(p * jnp.log(p), -1))
 
-    return jax.grad(loss)(weights)
+
+@jax.jit
+@jax.grad
+def retain_gradient(weights, rows):
+    def layers(w):
+        hidden = MODEL(w, rows.tokens).hidden
+        return hidden["embed"], hidden["resid"][0], hidden["final"]
+
+    pairs = zip(layers(weights), layers(common.params()), strict=True)
+    moved = sum(jnp.mean(jnp.linalg.norm(a - b, axis=-1)) for a, b in pairs) / 3
+    return losses.next_token(MODEL)(weights, rows) + moved
 
 
-def retain_gradient(weights, rows, lam_hidden=1.0):
-    def loss(w):
-        outputs = MODEL(w, rows.tokens)
-        there = MODEL(common.params(), rows.tokens)
-        layers = zip(
-            representations.all_layers(outputs),
-            representations.all_layers(there),
-            strict=True,
-        )
-        moved = [jnp.mean(jnp.linalg.norm(a - b, axis=-1)) for a, b in layers]
-        moved = sum(moved) / len(moved) if lam_hidden else 0.0
-        return losses.next_token(MODEL)(w, rows) + lam_hidden * moved
-
-    return jax.grad(loss)(weights)
+GRADIENT = jax.jit(jax.grad(losses.next_token(MODEL)))
 
 
 def adamw(weights, batches, lr, decay=0.01):
     """PyTorch's AdamW, one step a batch; yields the weights after each."""
-    gradient = jax.jit(jax.grad(losses.next_token(MODEL)))
     m = v = jax.tree.map(jnp.zeros_like, weights)
     for t, rows in enumerate(batches, 1):
-        g = gradient(weights, rows)
+        g = GRADIENT(weights, rows)
         m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, g)
         v = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, v, g)
         c, d = 1 - 0.9**t, 1 - 0.999**t
@@ -115,20 +121,21 @@ def test_resistance_lies_between_zero_and_minus_log_vocabulary():
     np.testing.assert_allclose(uniform, -np.log(11), rtol=1e-12)
     sure = resistance.negative_entropy(1e3 * jnp.eye(11)[None])
     np.testing.assert_allclose(sure, 0.0, atol=1e-12)
-    logits = MODEL(common.params(), batch(1).tokens).logits
+    logits = forward(common.params(), batch(1).tokens).logits
     assert -np.log(11) < resistance.negative_entropy(logits) < 0
 
 
 def test_null_adversary_leaves_weighted_gradients_at_the_start():
     """R1, inner rate 0: lam (w_2 + w_5) grad L_TR(w). Catches weights and their count."""
     found = data()
-    hp = tar.Hparams(**{**ATTACK, "learning_rates": (0.0,)}, lam=4.0, lam_hidden=0.0)
+    idle = adversaries.Mix((0.0,))
+    hp = tar.Hparams(**SHAPE, adversary=idle, lam=4.0, lam_hidden=0.0)
     grads, _ = directed(hp, found)
     factor = 4 * (np.exp(0.0625 * (2 - 6)) + np.exp(0.0625 * (5 - 6)))
     expected = common.combine(
         (1.0, common.sft_gradient(at(found["retain"], 0))),
         *(
-            (factor / 2, entropy_gradient(common.params(), at(found["heldout"], t)))
+            (factor / 2, entropy(common.params(), at(found["heldout"], t))[1])
             for t in range(2)
         ),
     )
@@ -146,10 +153,10 @@ def test_no_inner_steps_leave_the_retain_gradient():
 
 def test_reduces_to_sft_on_the_first_retain_batch():
     """Catches a term outside lam and lam_hidden, and another retain batch."""
-    found = data()
+    weights, found = common.params(5), data()  # Away from the reference.
     hp = tar.Hparams(**ATTACK, lam=0.0, lam_hidden=0.0)
-    grads, _ = directed(hp, found)
-    expected = common.sft_gradient(at(found["retain"], 0))
+    grads, _ = directed(hp, found, weights)
+    expected = common.sft_gradient(at(found["retain"], 0), weights)
     common.close(grads, expected, rtol=1e-12, atol=1e-14)
 
 
@@ -158,9 +165,11 @@ def test_equals_a_plain_loop_over_two_tasks(switch_share):
     """Catches weight decay, moments that outlive a task, a switch the wrong way."""
     weights, found = common.params(5), data()
     # Beta(6e6, 3e6) is 2/3: the adversary switches after floor(7 * 2 / 3) = 4 steps.
-    hp = tar.Hparams(**ATTACK, switch_share=switch_share, switch_a=6e6, switch_b=3e6)
+    mix = adversaries.Mix((1e-2,), 0.01, switch_share, 6e6, 3e6)
+    hp = tar.Hparams(**SHAPE, adversary=mix, lam_retain=0.7)
     grads, metrics = directed(hp, found, weights=weights)
-    total = retain_gradient(weights, at(found["retain"], 0))
+    kept = retain_gradient(weights, at(found["retain"], 0))
+    total = common.combine((0.7, kept))
     value = 0.0
     for task in range(2):
         rows = [
@@ -173,11 +182,9 @@ def test_equals_a_plain_loop_over_two_tasks(switch_share):
         for k, attacked in enumerate(adamw(weights, rows, 1e-2)):
             if k in (2, 5):
                 weight = 4 / 2 * np.exp(0.0625 * (k - 6))
-                total = tree.add_scale(
-                    total, weight, entropy_gradient(attacked, heldout)
-                )
-                logits = MODEL(attacked, heldout.tokens).logits
-                value += weight * resistance.negative_entropy(logits)
+                judged, gradient = entropy(attacked, heldout)
+                total = tree.add_scale(total, weight, gradient)
+                value += weight * judged
     np.testing.assert_allclose(metrics["loss/resistance"], value, rtol=1e-6)
     common.close(grads, total, rtol=1e-5, atol=1e-7)
 
@@ -194,24 +201,31 @@ def test_below_the_bound_only_retain_is_left():
 def test_dpo_prefers_refusals_from_log_two_on():
     """Catches a swapped pair, and a reference that moves with the weights."""
     found = at({k: v for k, v in data().items() if "held" in k}, 0)
-    ctx = common.context(tar.Hparams(microbatches=1))
-    loss = resistance.dpo(ctx, found["heldout"], found["heldout_refusal"], 0.1)
     start = common.params()
-    value, grads = jax.value_and_grad(loss)(start, None)
-    np.testing.assert_allclose(value, np.log(2), rtol=1e-12)
-    after = tree.add_scale(start, -0.1, grads)
 
-    def margin(w):
-        sums = [
-            losses.weighted_sums(MODEL(w, rows.tokens), rows)[0]
+    @jax.jit
+    def look(weights):
+        whole, halves = (
+            resistance.dpo(
+                common.context(tar.Hparams(microbatches=parts)),
+                found["heldout"],
+                found["heldout_refusal"],
+                0.1,
+            )
+            for parts in (1, 2)
+        )
+        value, grads = jax.value_and_grad(whole)(weights, None)
+        nats = [
+            losses.weighted_sums(MODEL(weights, rows.tokens), rows)[0]
             for rows in (found["heldout"], found["heldout_refusal"])
         ]
-        return sums[0] - sums[1]
+        return value, grads, nats[0] - nats[1], halves(weights, None)
 
-    assert margin(after) > margin(start)
-    halves = common.context(tar.Hparams(microbatches=2))
-    again = resistance.dpo(halves, found["heldout"], found["heldout_refusal"], 0.1)
-    np.testing.assert_allclose(again(after, None), loss(after, None), rtol=1e-12)
+    value, grads, margin, _ = look(start)
+    np.testing.assert_allclose(value, np.log(2), rtol=1e-12)
+    value, _, moved, again = look(tree.add_scale(start, -0.1, grads))
+    assert moved > margin
+    np.testing.assert_allclose(again, value, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("step", "mapped"), [(2, True), (3, False)])
@@ -242,7 +256,7 @@ def test_a_part_that_is_off_costs_nothing():
 
 def test_distance_is_flat_at_the_reference():
     """Catches the NaN of a norm at zero, and a squared norm (2 in place of 1)."""
-    outputs = MODEL(common.params(), batch(1).tokens)
+    outputs = forward(common.params(), batch(1).tokens)
 
     def distance(shift):
         moved = jax.tree.map(lambda h: h + shift, outputs.hidden)
