@@ -1,0 +1,70 @@
+"""How far the singular values of a feature Gram matrix are from being equal.
+
+Source: Zheng et al. 2025, arXiv:2505.23760; code read at
+amberyzheng/model-immunization-cond-num b749964 (specs: perturbation_and_meta 4.4).
+"""
+
+import jax
+import jax.numpy as jnp
+
+_JITTER = 1e-6  # Added to every eigenvalue, but not to the Frobenius norm.
+_FLOOR = 1e-12  # Of the denominator of `ill`, which vanishes for equal singular values.
+
+
+def gram(features_BxLxD: jax.Array, weights_BxL: jax.Array) -> jax.Array:
+    """`sum_t w_t phi_t phi_t'` [D, D], in float32 or wider: a sum, not a mean."""
+    wide = jnp.promote_types(features_BxLxD.dtype, jnp.float32)
+    features_BxLxD = features_BxLxD.astype(wide)
+    weights_BxL = weights_BxL.astype(wide)
+    return jnp.einsum(
+        "bld,ble,bl->de",
+        features_BxLxD,
+        features_BxLxD,
+        weights_BxL,
+        precision=jax.lax.Precision.HIGHEST,
+    )
+
+
+def extremes(gram_DxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(largest, smallest positive) singular value.
+
+    Their gradients are v v' of their singular vectors: finite where values coincide,
+    which those of all eigenvectors are not.
+    """
+    values_D, vectors_DxD = jnp.linalg.eigh(jax.lax.stop_gradient(gram_DxD))
+    positive = jnp.argmax(values_D > 0)
+
+    def value(vector_D):
+        return vector_D @ gram_DxD @ vector_D + _JITTER
+
+    vectors_DxD = jax.lax.stop_gradient(vectors_DxD)
+    return value(vectors_DxD[:, -1]), value(jnp.take(vectors_DxD, positive, axis=1))
+
+
+def well(gram_DxD: jax.Array) -> jax.Array:
+    """`s_max^2 / 2 - ||S||_F^2 / (2 D)`: zero iff all singular values are equal."""
+    largest, _ = extremes(gram_DxD)
+    return jnp.square(largest) / 2 - _mean_square(gram_DxD) / 2
+
+
+def ill(gram_DxD: jax.Array) -> jax.Array:
+    """`1 / (||S||_F^2 / (2 D) - s_min^2 / 2)`: falls as singular values grow apart."""
+    _, smallest = extremes(gram_DxD)
+    gap = _mean_square(gram_DxD) / 2 - jnp.square(smallest) / 2
+    return 1 / jnp.maximum(gap, _FLOOR)
+
+
+def log_condition(gram_DxD: jax.Array) -> jax.Array:
+    """Logarithm of the condition number."""
+    largest, smallest = extremes(gram_DxD)
+    return jnp.log(largest) - jnp.log(jnp.maximum(smallest, _JITTER))
+
+
+def subspace(width: int, count: int, seed: int | jax.Array = 0) -> jax.Array:
+    """`count` random orthonormal directions [D, C]."""
+    key = jax.random.key(seed)
+    return jnp.linalg.qr(jax.random.normal(key, (width, count), jnp.float32))[0]
+
+
+def _mean_square(gram_DxD: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(gram_DxD)) / gram_DxD.shape[0]
