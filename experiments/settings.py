@@ -22,6 +22,7 @@ from ftdefense.data import sandbox
 from ftdefense.evaluation import forgetting
 from ftdefense.methods import plans
 from ftdefense.models import huggingface
+from ftdefense.models import sharding
 from ftdefense.training import budgets
 from ftdefense.training import checkpoint
 from ftdefense.training import pipeline
@@ -68,6 +69,9 @@ flags.DEFINE_string("chat_template", None, "Jinja file, if the tokenizer has non
 flags.DEFINE_string("collapse_word", "error", "Word that CTRAP collapses to.")
 flags.DEFINE_enum(
     "compute_dtype", "float32", ["float32", "bfloat16"], "Of matrix products."
+)
+flags.DEFINE_string(
+    "mesh", "", "Devices by axis, as fsdp=4,tensor=2 (also data); empty: one device."
 )
 flags.DEFINE_bool("remat", False, "Recompute layers in the backward pass.")
 flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard event files.")
@@ -179,7 +183,16 @@ def bench() -> pipeline.Bench:
         world_seed=FLAGS.world_seed,
         derived=_DERIVED,
         together=FLAGS.vmap_seeds,
+        placement=_placement(),
     )
+
+
+def _placement() -> sharding.Placement | None:
+    if not FLAGS.mesh:
+        return None
+    if FLAGS.vmap_seeds:
+        raise errors.UserError("--mesh does not go with --vmap_seeds; drop one.")
+    return sharding.Placement(sharding.mesh(**sharding.parse(FLAGS.mesh)))
 
 
 def _own_bench() -> pipeline.Bench:
@@ -226,6 +239,7 @@ def _own_bench() -> pipeline.Bench:
         world_seed=FLAGS.world_seed,
         derived=_DERIVED,
         together=FLAGS.vmap_seeds,
+        placement=_placement(),
     )
 
 

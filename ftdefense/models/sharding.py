@@ -123,3 +123,51 @@ def shardings(params: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """Rows over data and fsdp together, behind `leading` axes that stay whole."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ("data", "fsdp")))
+
+
+class Placement:
+    """Puts a stage's arrays on a mesh; `jit` then computes where they are."""
+
+    def __init__(self, mesh: Mesh, rules: Rules = RULES):
+        self._mesh, self._rules = mesh, rules
+
+    def parameters(self, params: Any) -> Any:
+        """Parameters, factors or a whole training state, by the rules."""
+        return jax.device_put(params, shardings(params, self._mesh, self._rules))
+
+    def batches(self, batches: Any) -> Any:
+        """Arrays [..., B, L], B over data and fsdp together.
+
+        Raises:
+          UserError: if B is no multiple of their product.
+        """
+        parts = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+
+        def place(leaf: Any) -> jax.Array:
+            rows = leaf.shape[-2]
+            if rows % parts:
+                raise errors.UserError(
+                    f"--mesh spreads batches over {parts} devices, which does not divide "
+                    f"a batch of {rows} rows; set defense.batch_size and "
+                    "attack.batch_size to multiples of it."
+                )
+            return jax.device_put(leaf, batch_sharding(self._mesh, leaf.ndim - 2))
+
+        return jax.tree.map(place, batches)
+
+
+def parse(text: str) -> dict[str, int]:
+    """`fsdp=4,tensor=2` as the arguments of `mesh`.
+
+    Raises:
+      UserError: for another axis, or no number.
+    """
+    sizes = {}
+    for part in filter(None, text.split(",")):
+        axis, _, size = part.partition("=")
+        if axis not in AXES or not size.isdigit():
+            raise errors.UserError(
+                f"--mesh={text}: expected sizes of {', '.join(AXES)}, as fsdp=4,tensor=2."
+            )
+        sizes[axis] = int(size)
+    return sizes

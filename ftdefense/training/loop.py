@@ -127,6 +127,7 @@ def train(
     saver: checkpoint.Saver | None = None,
     on_chunk: Callable[[Progress], Any] | None = None,
     mapped: bool | str = False,
+    place: Callable[[Any], Any] = lambda batches: batches,
 ) -> tuple[types.State, list[Any]]:
     """Runs `steps` steps from `state`; resumes from `saver` if it holds a later one.
 
@@ -134,6 +135,7 @@ def train(
       streams: {role: Stream}; with `mapped`, one such mapping for each of S members.
       rng: typed key, [S] with `mapped`.
       mapped: whether there is an axis S; `STACKED` if the lineage has it, too.
+      place: puts a chunk of batches where the devices want it.
       saver: where (state, step, key, log) is saved at the end of chunks.
       on_chunk: its JSON-able results are the returned log, one entry a chunk; they are
         saved with the state, so a resumed run has them all.
@@ -152,7 +154,7 @@ def train(
     for end in boundaries(steps):
         if end <= done:
             continue
-        batches = _batches(streams, done, end - done, mapped)
+        batches = place(_batches(streams, done, end - done, mapped))
         state, metrics = run_chunk(
             method.step, mapped, state, lineage, batches, rng, jnp.int32(done)
         )

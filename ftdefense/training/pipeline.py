@@ -27,6 +27,7 @@ from ftdefense.methods import lift
 from ftdefense.methods import optimizers
 from ftdefense.methods import plans
 from ftdefense.methods import schedules
+from ftdefense.models import sharding
 from ftdefense.models import transformer
 from ftdefense.training import budgets
 from ftdefense.training import jobs
@@ -57,6 +58,7 @@ class Bench:
         world_seed: int = 0,
         derived: Mapping[str, Derive] | None = None,
         together: bool = False,
+        placement: sharding.Placement | None = None,
     ):
         """Prepares a bench.
 
@@ -67,13 +69,18 @@ class Bench:
           world_seed: of the sandbox's pretraining.
           derived: roles of the defender that are computed when a method asks for them.
           together: whether the seeds of a stage are vmapped.
+          placement: of its arrays on several devices; None: on one.
         """
         self.world, self.model, self.defaults = world, model, defaults
         self._given = {"pretrained": pretrained, "aligned": aligned}
         self._world_seed = world_seed
         self._together = together
         self._store = stages.Store(
-            workdir / "stages", model, world=world.fingerprint(), length=world.length
+            workdir / "stages",
+            model,
+            world=world.fingerprint(),
+            length=world.length,
+            placement=placement,
         )
         self._derived = dict(derived or {})
 

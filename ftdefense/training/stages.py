@@ -23,6 +23,7 @@ from ftdefense.core import config
 from ftdefense.core import registry
 from ftdefense.core import tree
 from ftdefense.core import types
+from ftdefense.models import sharding
 from ftdefense.training import checkpoint
 from ftdefense.training import jobs as training_jobs
 from ftdefense.training import loop
@@ -76,7 +77,13 @@ class Store:
     """The folder of all stages of one world and one model."""
 
     def __init__(
-        self, root: pathlib.Path, model: types.Model, *, world: str, length: int
+        self,
+        root: pathlib.Path,
+        model: types.Model,
+        *,
+        world: str,
+        length: int,
+        placement: sharding.Placement | None = None,
     ):
         """Prepares a store.
 
@@ -85,8 +92,9 @@ class Store:
           model: for its shape, and the shapes of its parameters.
           world: fingerprint of the data.
           length: tokens of a row.
+          placement: on several devices; None: on one.
         """
-        self._root, self._model = root, model
+        self._root, self._model, self._placement = root, model, placement
         self._world, self._length = world, length
 
     def run(self, job: training_jobs.Job, observe: Observer | None = None) -> Stage:
@@ -99,7 +107,9 @@ class Store:
             return self._read(folder, key)
         started = time.monotonic()
         first, rest = job.keys()
-        state = loop.init(job.method, job.lineage, job.plan.hp, first, job.steps)
+        lineage = self._place(job.lineage)
+        state = loop.init(job.method, lineage, job.plan.hp, first, job.steps)
+        state = self._place(state)
         trainable = tree.size(state.params)
         bar = progress.Bar(f"{job.name} seed {job.seed}", job.steps)
 
@@ -108,7 +118,7 @@ class Store:
             entry = {"step": at.done}
             entry |= {k: float(np.mean(v)) for k, v in at.metrics.items()}
             if observe is not None:
-                entry |= observe(job.method.release(at.state, job.lineage).params)
+                entry |= observe(job.method.release(at.state, lineage).params)
             return entry
 
         log: list[dict[str, Any]] = []
@@ -117,15 +127,16 @@ class Store:
             state, log = loop.train(
                 job.method,
                 state,
-                job.lineage,
+                lineage,
                 job.streams(),
                 rest,
                 job.steps,
                 saver=saver,
                 on_chunk=on_chunk,
+                **({"place": self._placement.batches} if self._placement else {}),
             )
             saver.close()
-        params = job.method.release(state, job.lineage).params
+        params = job.method.release(state, lineage).params
         seconds = time.monotonic() - started
         stage = self._finish(job, folder, key, params, log, trainable, seconds)
         bar.close(seconds)
@@ -191,7 +202,10 @@ class Store:
         done = json.loads((folder / _DONE).read_text())
         shapes = jax.eval_shape(self._model.init, jax.random.key(0))
         params = checkpoint.load_params(folder / "release", shapes)
-        return Stage(params, key, folder, done["log"], done["facts"])
+        return Stage(self._place(params), key, folder, done["log"], done["facts"])
+
+    def _place(self, arrays):
+        return self._placement.parameters(arrays) if self._placement else arrays
 
     def _finish(
         self, job, folder, key, params, log, trainable: int, seconds: float
