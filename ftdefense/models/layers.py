@@ -17,7 +17,7 @@ class Projection(nn.Module):
     """`x W (+ bias) (+ (dropout(x) A) B)`: W + A B is never formed.
 
     Products are in the dtype of `x`; the factors are read from the collection `lora`
-    at this module's own path.
+    at this module's own path, where `x` itself goes to `intermediates`, if asked for.
 
     Attributes:
       features: width of the result.
@@ -38,6 +38,7 @@ class Projection(nn.Module):
         scale = (self.init_scale or x.shape[-1] ** -0.5) / self.shrink
         initializer = nn.initializers.normal(scale)
         kernel = self.param("kernel", initializer, (x.shape[-1], self.features))
+        self.sow("intermediates", "input", x, lambda _, x: x, lambda: None)
         y = dot(x, kernel, self.out_dtype)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))

@@ -59,6 +59,21 @@ class Toy:
         dropout: float | jax.Array = 0.0,
     ) -> types.Outputs:
         """See `core.types.Model`; computes in the dtype of the embedding."""
+        return self._run(params, tokens_BxL, lora, intervene, taps, rng, dropout)[0]
+
+    def inputs(
+        self,
+        params: types.Params,
+        tokens_BxL: jax.Array,
+        *,
+        lora: types.Params | None = None,
+        rng: types.Rng | None = None,
+        dropout: float | jax.Array = 0.0,
+    ) -> types.Params:
+        """See `transformer.LanguageModel.inputs`; of the stacked kernels only."""
+        return self._run(params, tokens_BxL, lora, None, None, rng, dropout)[1]
+
+    def _run(self, params, tokens_BxL, lora, intervene, taps, rng, dropout):
         edit = layers.editor(intervene)
         lora = lora or {}
         rngs = None if rng is None else jax.random.split(rng, (LAYERS + 1, 2))
@@ -75,11 +90,14 @@ class Toy:
 
             attn_BxLxD = edit(_mean_so_far(x_BxLxD), "attn", layer, tap)
             x_BxLxD = x_BxLxD + attn_BxLxD
+            inputs = {"up": {"input": x_BxLxD}}
             inner_BxLxD = jnp.tanh(project(x_BxLxD, "up", up_rng))
+            inputs["down"] = {"input": inner_BxLxD}
             mlp_BxLxD = project(inner_BxLxD, "down", down_rng)
             mlp_BxLxD = edit(mlp_BxLxD, "mlp", layer, tap)
             x_BxLxD = edit(x_BxLxD + mlp_BxLxD, "resid", layer, tap)
-            return x_BxLxD, {"attn": attn_BxLxD, "mlp": mlp_BxLxD, "resid": x_BxLxD}
+            hidden = {"attn": attn_BxLxD, "mlp": mlp_BxLxD, "resid": x_BxLxD}
+            return x_BxLxD, (hidden, inputs)
 
         inputs = (
             jnp.arange(LAYERS, dtype=jnp.int32),
@@ -88,7 +106,9 @@ class Toy:
             lora.get("layers", {}).get("mix", {}),
             None if rngs is None else rngs[:LAYERS],
         )
-        x_BxLxD, hidden = jax.lax.scan(block, embed_BxLxD, inputs, unroll=True)
+        x_BxLxD, (hidden, inputs) = jax.lax.scan(
+            block, embed_BxLxD, inputs, unroll=True
+        )
         logits_BxLxV = _project(
             x_BxLxD,
             params["lm_head"],
@@ -98,7 +118,8 @@ class Toy:
         )
         wide = jnp.promote_types(logits_BxLxV.dtype, jnp.float32)
         hidden = {"embed": embed_BxLxD, **hidden, "final": x_BxLxD}
-        return types.Outputs(logits_BxLxV.astype(wide), hidden)
+        outputs = types.Outputs(logits_BxLxV.astype(wide), hidden)
+        return outputs, {"layers": {"mix": inputs}}
 
     def readout(
         self,

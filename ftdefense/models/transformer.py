@@ -85,7 +85,7 @@ class Decoder(nn.Module):
             block = nn.remat(block, prevent_cse=unroll > 1)
         stack = nn.scan(
             block,
-            variable_axes={"params": 0, "lora": 0},
+            variable_axes={"params": 0, "lora": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=config.layers,
@@ -202,6 +202,32 @@ class LanguageModel:
             variables["lora"] = lora
         return Readout(self.config).apply(variables, hidden_BxLxD)
 
+    def inputs(
+        self,
+        params: types.Params,
+        tokens_BxL: jax.Array,
+        *,
+        lora: types.Params | None = None,
+        rng: types.Rng | None = None,
+        dropout: float | jax.Array = 0.0,
+    ) -> types.Params:
+        """What every kernel reads: {input [N, B, L, in]} at the paths of the kernels."""
+        positions_1xL = jnp.arange(tokens_BxL.shape[1])[None]
+        positions_BxL = jnp.broadcast_to(positions_1xL, tokens_BxL.shape)
+        _, seen = self._apply(
+            params,
+            tokens_BxL,
+            positions_BxL,
+            None,
+            lora,
+            None,
+            None,
+            rng,
+            dropout,
+            mutable=["intermediates"],
+        )
+        return seen["intermediates"]
+
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `length` tokens a row.
 
@@ -248,7 +274,17 @@ class LanguageModel:
         return outputs.logits, cache
 
     def _apply(
-        self, params, tokens, positions, cache, lora, intervene, taps, rng, dropout
+        self,
+        params,
+        tokens,
+        positions,
+        cache,
+        lora,
+        intervene,
+        taps,
+        rng,
+        dropout,
+        mutable=False,
     ):
         variables = {"params": params}
         if lora is not None:
@@ -256,7 +292,14 @@ class LanguageModel:
         rngs = {} if rng is None else {"dropout": rng}
         module = Decoder(self.config, intervene)
         return module.apply(
-            variables, tokens, positions, taps, dropout, cache, rngs=rngs
+            variables,
+            tokens,
+            positions,
+            taps,
+            dropout,
+            cache,
+            rngs=rngs,
+            mutable=mutable,
         )
 
 
