@@ -18,7 +18,8 @@ Differs      sequential form only; one batch size for both roles (the code attac
 Reduces to   SFT on the alignment data at alpha = 0 or attack_steps = 0, exactly, with
              the optimizer restarted at every phase.
 Cost         2 forwards, 2 backwards a defender step, and 1, 1 an attack step. One step
-             of the method is a phase. The first phase pays for an attack it drops.
+             of the method is a phase. The first phase attacks nobody: its loss/harmful
+             is 0.
 """
 
 from flax import struct
@@ -31,6 +32,7 @@ from ftdefense.core import types
 from ftdefense.methods import alternating
 from ftdefense.methods import lift
 from ftdefense.methods import optimizers
+from ftdefense.methods import phases
 from ftdefense.methods import plans
 from ftdefense.methods import schedules
 
@@ -83,8 +85,10 @@ def direction(ctx, params, batches, rng, vector):
 def phase(ctx, params, batches, rng, memory):
     hp = ctx.hp
     rng_attack, rng_defend = jax.random.split(rng)
-    vector, attacked = attack_vector(ctx, params, batches.get("harmful"), rng_attack)
-    vector = jax.tree.map(lambda v: jnp.where(ctx.step > 0, v, 0), vector)
+    vector, attacked = phases.only_if(
+        ctx.step > 0,
+        lambda: attack_vector(ctx, params, batches.get("harmful"), rng_attack),
+    )
 
     def gradient(params, x):
         batch, rng = x
