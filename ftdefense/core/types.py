@@ -67,7 +67,9 @@ class Model(Protocol):
     """`(params, tokens [B, L]) -> Outputs`, with hooks.
 
     `lora` holds low-rank factors at the paths of the kernels that they adapt (see
-    `methods.adapters`); `rng` turns LoRA dropout of rate `dropout` on.
+    `methods.adapters`); `rng` turns LoRA dropout of rate `dropout` on. `attended` [B, L]
+    is 0 where nothing attends to a token: padding, for losses that read there. On the
+    right it makes no difference to what precedes it.
     """
 
     def __call__(
@@ -78,6 +80,7 @@ class Model(Protocol):
         lora: Params | None = None,
         intervene: Intervention | None = None,
         taps: Any = None,
+        attended: jax.Array | None = None,
         rng: Rng | None = None,
         dropout: float | jax.Array = 0.0,
     ) -> Outputs: ...

@@ -118,6 +118,7 @@ class Attention(nn.Module):
                 q_BxLxHxC,
                 k_BxLxGxC,
                 v_BxLxGxC,
+                mask=None if mask_BxLxS is None else mask_BxLxS[:, None],
                 is_causal=True,
                 local_window_size=None if window is None else (window - 1, 0),
             )

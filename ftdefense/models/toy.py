@@ -55,11 +55,14 @@ class Toy:
         lora: types.Params | None = None,
         intervene: types.Intervention | None = None,
         taps: Any = None,
+        attended: jax.Array | None = None,
         rng: types.Rng | None = None,
         dropout: float | jax.Array = 0.0,
     ) -> types.Outputs:
         """See `core.types.Model`; computes in the dtype of the embedding."""
-        return self._run(params, tokens_BxL, lora, intervene, taps, rng, dropout)[0]
+        return self._run(
+            params, tokens_BxL, lora, intervene, taps, rng, dropout, attended
+        )[0]
 
     def inputs(
         self,
@@ -73,7 +76,17 @@ class Toy:
         """See `transformer.LanguageModel.inputs`; of the stacked kernels only."""
         return self._run(params, tokens_BxL, lora, None, None, rng, dropout)[1]
 
-    def _run(self, params, tokens_BxL, lora, intervene, taps, rng, dropout):
+    def _run(
+        self,
+        params,
+        tokens_BxL,
+        lora,
+        intervene,
+        taps,
+        rng,
+        dropout,
+        attended_BxL=None,
+    ):
         edit = layers.editor(intervene)
         lora = lora or {}
         rngs = None if rng is None else jax.random.split(rng, (LAYERS + 1, 2))
@@ -88,7 +101,7 @@ class Toy:
                 low = factors.get(name)
                 return _project(x_BxLxD, weights[name], low, rng, dropout)
 
-            attn_BxLxD = edit(_mean_so_far(x_BxLxD), "attn", layer, tap)
+            attn_BxLxD = edit(_mean_so_far(x_BxLxD, attended_BxL), "attn", layer, tap)
             x_BxLxD = x_BxLxD + attn_BxLxD
             inputs = {"up": {"input": x_BxLxD}}
             inner_BxLxD = jnp.tanh(project(x_BxLxD, "up", up_rng))
@@ -145,9 +158,13 @@ def _project(x_BxLxD, module, factors, rng, dropout):
     return y + layers.dot(layers.dot(x_BxLxD, factors["a"]), factors["b"])
 
 
-def _mean_so_far(x_BxLxD: jax.Array) -> jax.Array:
+def _mean_so_far(x_BxLxD: jax.Array, attended_BxL: jax.Array | None) -> jax.Array:
     """Mean over each token and those before it: causal, as attention would be."""
     length, dtype = x_BxLxD.shape[1], x_BxLxD.dtype
     weights_LxL = jnp.tril(jnp.ones((length, length), dtype))
-    weights_LxL /= jnp.arange(1, length + 1, dtype=dtype)[:, None]
-    return jnp.einsum("ts,bsd->btd", weights_LxL, x_BxLxD)
+    if attended_BxL is None:
+        weights_LxL /= jnp.arange(1, length + 1, dtype=dtype)[:, None]
+        return jnp.einsum("ts,bsd->btd", weights_LxL, x_BxLxD)
+    weights_BxLxL = weights_LxL[None] * attended_BxL[:, None].astype(dtype)
+    weights_BxLxL /= jnp.maximum(jnp.sum(weights_BxLxL, -1, keepdims=True), 1)
+    return jnp.einsum("bts,bsd->btd", weights_BxLxL, x_BxLxD)

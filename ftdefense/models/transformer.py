@@ -47,6 +47,7 @@ class Decoder(nn.Module):
         taps: Any,
         dropout: Any,
         cache: Cache | None = None,
+        attended_BxL: jax.Array | None = None,
     ) -> tuple[types.Outputs, Cache | None]:
         config = self.config
         edit = layers.editor(self.intervene)
@@ -57,7 +58,7 @@ class Decoder(nn.Module):
             positions_BxL,
             rope.frequencies(config.head_dim, config.rope_theta, config.rope_scaling),
         )
-        mask_BxLxS = None
+        mask_BxLxS = None if attended_BxL is None else attended_BxL[:, None] > 0
         if cache is not None:
             cache, mask_BxLxS = _reserve(cache, positions_BxL, config.sliding_window)
         (x_BxLxD, cache), hidden = self._stack()(
@@ -158,6 +159,7 @@ class LanguageModel:
         lora: types.Params | None = None,
         intervene: types.Intervention | None = None,
         taps: Any = None,
+        attended: jax.Array | None = None,
         rng: types.Rng | None = None,
         dropout: float | jax.Array = 0.0,
     ) -> types.Outputs:
@@ -170,6 +172,7 @@ class LanguageModel:
             is folded into `a` already.
           intervene: see `core.types.Intervention`.
           taps: pytree with leading axis N; `intervene` gets one slice a layer.
+          attended: [B, L], 0 where no token attends to; None: 1 everywhere.
           rng: turns LoRA dropout on, another mask for each layer and projection.
           dropout: rate in [0, 1), of the inputs of `a`.
 
@@ -185,7 +188,16 @@ class LanguageModel:
             )
         positions_BxL = jnp.broadcast_to(jnp.arange(length)[None], (batch, length))
         outputs, _ = self._apply(
-            params, tokens_BxL, positions_BxL, None, lora, intervene, taps, rng, dropout
+            params,
+            tokens_BxL,
+            positions_BxL,
+            None,
+            lora,
+            intervene,
+            taps,
+            rng,
+            dropout,
+            attended=attended,
         )
         return outputs
 
@@ -284,7 +296,9 @@ class LanguageModel:
         taps,
         rng,
         dropout,
+        *,
         mutable=False,
+        attended=None,
     ):
         variables = {"params": params}
         if lora is not None:
@@ -298,6 +312,7 @@ class LanguageModel:
             taps,
             dropout,
             cache,
+            attended,
             rngs=rngs,
             mutable=mutable,
         )

@@ -120,3 +120,21 @@ def test_logits_and_greedy_continuations_agree_and_export_is_exact(case):
     with torch.no_grad():
         again = back(torch.tensor(tokens())).logits.numpy()
     np.testing.assert_array_equal(again, expected)
+
+
+def test_padding_that_nothing_attends_to(tmp_path):
+    """Catches a mask of queries in place of keys, and one that is dropped: the states
+    of padding, which some defenses read, would see earlier padding.
+    """
+    model = theirs("llama")
+    model.save_pretrained(tmp_path)
+    ours, params = huggingface.load(tmp_path)
+    mask = (np.arange(24) < np.array([[24], [17], [9]])).astype(np.int64)
+    with torch.no_grad():
+        given = {"attention_mask": torch.tensor(mask)}
+        expected = model(torch.tensor(tokens()), **given).logits.numpy()
+    run = jax.jit(lambda attended: ours(params, tokens(), attended=attended).logits)
+    np.testing.assert_allclose(run(mask), expected, atol=2e-4)
+    plain = np.asarray(run(None))
+    np.testing.assert_allclose(plain[mask > 0], expected[mask > 0], atol=2e-4)
+    assert np.abs(plain - expected).max() > 0.05

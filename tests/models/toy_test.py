@@ -86,3 +86,18 @@ def test_readout_of_the_last_hidden_state_is_the_logits():
     outputs = MODEL(params(), TOKENS)
     logits = MODEL.readout(params(), outputs.hidden["resid"][-1])
     np.testing.assert_array_equal(logits, outputs.logits)
+
+
+def test_padding_that_nothing_attends_to_is_left_out_of_means():
+    """Catches a mask of queries, and a mean over the length in place of what counts."""
+    model = toy.Toy()
+    params = model.init(jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (1, 4), 0, 11)
+    masked = model(params, tokens, attended=jnp.array([[1, 1, 0, 0]])).hidden
+    whole = model(params, tokens).hidden
+    embed_LxD = whole["embed"][0]
+    mean_D = (embed_LxD[0] + embed_LxD[1]) / 2
+    np.testing.assert_allclose(masked["attn"][0, 0, 3], mean_D, rtol=1e-6)
+    np.testing.assert_allclose(
+        masked["resid"][:, 0, :2], whole["resid"][:, 0, :2], rtol=1e-6
+    )
