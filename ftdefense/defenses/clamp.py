@@ -17,7 +17,7 @@ Evidence     second-hand for the terms; UNVERIFIED: every number. DESIGN: T is o
              full-gradient step on all that trains; exact derivatives pass through the K
              steps and the probe, none through v and u; t = 0 .. K-1; 1 - c counts as at
              least `gap`; `smoothness` is a constant.
-Licence      none declared: rewritten from formulas.
+Licence      no code found: written from formulas.
 Differs      as DESIGN says. h(w_0) grows without bound where lam_initial is large.
 Reduces to   SFT on the retain data where all four weights are 0, exactly.
 Cost         3 K + 3 forwards, K + 3 backwards, of which K + 2 are differentiated again;

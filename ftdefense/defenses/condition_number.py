@@ -7,15 +7,17 @@ Minimises    L(retain) + lam_retain * R_well(S_retain) + lam_harmful * R_ill(S_h
              S = Phi' Phi of a batch's features, s_1 >= ... >= s_D its singular values:
              R_well = s_1^2 / 2 - ||S||_F^2 / (2 D), R_ill = 1 / (||S||_F^2 / (2 D) -
              s_D^2 / 2). S is the Hessian of least squares on the features.
-Source       Zheng et al. 2025, arXiv:2505.23760, Eq. 5-7; code read at
-             amberyzheng/model-immunization-cond-num b749964.
+Source       Zheng et al. 2025, arXiv:2505.23760, Algorithm 1; code read at
+             amberyzheng/model-immunization-cond-num b749964 (specs:
+             perturbation_and_meta 4.4).
 Evidence     CODE for R_well and R_ill (jitter 1e-6 on the eigenvalues alone). DESIGN for
              language models, on which nothing was published: a feature is what the head
              reads at a position that predicts an answer token, so that the probe is the
-             head; the subspace; the coefficients, which go with the squared number of
-             answer tokens and are set where both terms pull about as hard as L (the
-             code's for a ViT: 3e-6 and 3e8, for a ResNet-18 5e-5 and 2e6).
-Licence      none declared: rewritten from formulas.
+             head; the subspace; the coefficients. R_well grows with the square of the
+             number n of answer tokens in a batch, and R_ill falls with it: at another n
+             keep lam_retain * n^2 and lam_harmful / n^2 (the code: 3e-6 and 3e8 for a
+             ViT, 5e-5 and 2e6 for a ResNet-18, batches of 64 rows).
+Licence      see the repository; rewritten from formulas.
 Differs      D is the number of features (in the code the width of the input, 224 for
              images); the cross-entropy is not smoothed; no preconditioner, as for the
              code's deep networks; float32 where the model is, the code takes float64.
@@ -47,8 +49,8 @@ from ftdefense.objectives import parts
 class Hparams(lift.Hparams):
     """Plain coefficients; numbers may be traced."""
 
-    lam_retain: float = 3e-10  # Weight of R_well, per squared sum of squared features.
-    lam_harmful: float = 1e7  # Weight of R_ill, times the same; see DESIGN above.
+    lam_retain: float = 3e-10  # Weight of R_well, per (sum of squared features)^2.
+    lam_harmful: float = 3e6  # Weight of R_ill, in (sum of squared features)^2.
     subspace_seed: int = 0  # Of the random directions.
     subspace: int = struct.field(pytree_node=False, default=0)  # 0: all features.
 

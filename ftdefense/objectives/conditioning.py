@@ -37,7 +37,6 @@ def extremes(gram_DxD: jax.Array) -> tuple[jax.Array, jax.Array]:
     def value(vector_D):
         return vector_D @ gram_DxD @ vector_D + _JITTER
 
-    vectors_DxD = jax.lax.stop_gradient(vectors_DxD)
     return value(vectors_DxD[:, -1]), value(jnp.take(vectors_DxD, positive, axis=1))
 
 
