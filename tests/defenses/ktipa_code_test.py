@@ -147,7 +147,9 @@ def test_one_reference_point_for_all_parts():
 
 def test_mismatched_answers():
     """K10: prompt i, answer i + 1, cut at L. Catches i - 1, and a prompt's end missed."""
-    tokens = np.array([[1, 2, 3, 4, 0], [5, 6, 7, 8, 9], [10, 11, 12, 13, 14]], np.int32)
+    tokens = np.array(
+        [[1, 2, 3, 4, 0], [5, 6, 7, 8, 9], [10, 11, 12, 13, 14]], np.int32
+    )
     weights = np.array([[0, 0, 0, 1, 0], [0, 1, 1, 1, 1], [0, 0, 1, 1, 1]], np.float32)
     found = ktipa.mismatched(types.Batch(tokens, weights))
     kept = [
