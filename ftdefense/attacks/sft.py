@@ -166,7 +166,7 @@ _SANDBOX_RATES = {
 
 PRESETS = {
     "sandbox": plans.Plan(
-        Hparams(optimizers.Optimizer(1e-4, schedules.Schedule(0.1, decay="cosine"))),
+        Hparams(optimizers.SANDBOX_TUNING),
         source="DESIGN: the best of a learning-rate sweep on `none`; BUILD_NOTES.md",
     ),
     **_PUBLISHED,

@@ -62,7 +62,7 @@ def method(model: types.Model) -> types.Method:
 
 PRESETS = {
     "sandbox": plans.Plan(
-        Hparams(optimizers.Optimizer(1e-4, schedules.Schedule(0.1, decay="cosine"))),
+        Hparams(optimizers.SANDBOX_TUNING),
         source="DESIGN: as sft, with the paper's lam",
     ),
     "paper": plans.Plan(

@@ -34,7 +34,6 @@ from ftdefense.methods import adapters
 from ftdefense.methods import lift
 from ftdefense.methods import optimizers
 from ftdefense.methods import plans
-from ftdefense.methods import schedules
 
 FINE_TUNING = "antibody_tuning"
 MULTIPLIERS = ("cosine", "projection")
@@ -105,13 +104,7 @@ def method(model: types.Model) -> types.Method:
 
 
 PRESETS = {
-    "sandbox": plans.Plan(
-        Hparams(
-            optimizers.Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine")),
-            eta=0.5,
-        ),
-        source="DESIGN: BUILD_NOTES.md, Sandbox presets",
-    ),
+    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX, eta=0.5)),
     "code": plans.Plan(
         Hparams(
             optimizers.Optimizer(5e-4, weight_decay=0.1),

@@ -30,7 +30,6 @@ from ftdefense.methods import lift
 from ftdefense.methods import microbatching
 from ftdefense.methods import optimizers
 from ftdefense.methods import plans
-from ftdefense.methods import schedules
 from ftdefense.objectives import preferences
 
 SCORES = ("mean", "sum")
@@ -92,12 +91,7 @@ def method(model: types.Model) -> types.Method:
 
 
 PRESETS = {
-    "sandbox": plans.Plan(
-        Hparams(
-            optimizers.Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine")),
-        ),
-        source="DESIGN: BUILD_NOTES.md, Sandbox presets",
-    ),
+    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX_TUNING)),
     "code": plans.Plan(
         Hparams(
             optimizers.Optimizer(1e-5, weight_decay=0.1),

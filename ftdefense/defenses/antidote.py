@@ -44,7 +44,6 @@ from ftdefense.methods import lift
 from ftdefense.methods import optimizers
 from ftdefense.methods import patches
 from ftdefense.methods import plans
-from ftdefense.methods import schedules
 from ftdefense.objectives import divergences
 from ftdefense.objectives import losses
 from ftdefense.objectives import parts
@@ -230,9 +229,9 @@ def method(model: types.Model) -> types.Method:
 
 
 PRESETS = {
-    "sandbox": plans.Plan(
+    "sandbox": plans.sandbox(
         Hparams(
-            optimizers.Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine")),
+            optimizers.SANDBOX,
             scale=0.1,  # At 1 the first patch ruins a model of this width.
             attack_rate=1e-3,
             block_steps=5,
@@ -241,7 +240,6 @@ PRESETS = {
             targets=adapters.PROJECTIONS,
         ),
         steps=60,
-        source="DESIGN: BUILD_NOTES.md, Sandbox presets",
     ),
     "code": plans.Plan(
         Hparams(

@@ -25,7 +25,6 @@ from ftdefense.methods import adapters
 from ftdefense.methods import lift
 from ftdefense.methods import optimizers
 from ftdefense.methods import plans
-from ftdefense.methods import schedules
 
 
 @struct.dataclass
@@ -68,13 +67,7 @@ _CODE = Hparams(
 )
 
 PRESETS = {
-    "sandbox": plans.Plan(
-        Hparams(
-            optimizers.Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine")),
-            lam=0.5,
-        ),
-        source="DESIGN: BUILD_NOTES.md, Sandbox presets",
-    ),
+    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX, lam=0.5)),
     "code": plans.Plan(
         _CODE,
         batch_size=10,

@@ -34,7 +34,6 @@ from ftdefense.methods import adapters
 from ftdefense.methods import lift
 from ftdefense.methods import optimizers
 from ftdefense.methods import plans
-from ftdefense.methods import schedules
 from ftdefense.objectives import depths
 from ftdefense.objectives import distances
 from ftdefense.objectives import lens
@@ -139,12 +138,9 @@ _CODE = Hparams(
 )
 
 PRESETS = {
-    "sandbox": plans.Plan(
-        Hparams(
-            optimizers.Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine")),
-            jitter=1e-2,
-        ),
-        source="DESIGN: BUILD_NOTES.md, Sandbox presets",
+    "sandbox": plans.sandbox(
+        Hparams(optimizers.SANDBOX, jitter=1e-2),
+        steps=200,
     ),
     "code": plans.Plan(
         _CODE,

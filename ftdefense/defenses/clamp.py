@@ -33,7 +33,6 @@ from ftdefense.core import types
 from ftdefense.methods import lift
 from ftdefense.methods import optimizers
 from ftdefense.methods import plans
-from ftdefense.methods import schedules
 
 
 @struct.dataclass
@@ -143,12 +142,9 @@ def method(model: types.Model) -> types.Method:
 
 
 PRESETS = {
-    "sandbox": plans.Plan(
-        Hparams(
-            optimizers.Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine")),
-            lam_long=0.1,
-            inner_steps=2,
-        ),
-        source="DESIGN: BUILD_NOTES.md, Sandbox presets",
+    "sandbox": plans.sandbox(
+        Hparams(optimizers.SANDBOX, lam_long=0.1, inner_steps=2),
+        steps=100,
+        batch_size=64,
     ),
 }

@@ -99,14 +99,7 @@ def method(model: types.Model) -> types.Method:
 
 
 PRESETS = {
-    "sandbox": plans.Plan(
-        Hparams(
-            optimizers.Optimizer(
-                4e-4, schedules.Schedule(0.1, 0.05, decay="cosine"), b1=0.5
-            ),
-        ),
-        source="DESIGN: BUILD_NOTES.md, Sandbox presets",
-    ),
+    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX_TUNING.replace(b1=0.5))),
     "code": plans.Plan(
         Hparams(
             optimizers.Optimizer(2e-5, schedules.Schedule(0.2, decay="linear"), b1=0.5)

@@ -32,7 +32,6 @@ from ftdefense.methods import lift
 from ftdefense.methods import microbatching
 from ftdefense.methods import optimizers
 from ftdefense.methods import plans
-from ftdefense.methods import schedules
 from ftdefense.objectives import depths
 from ftdefense.objectives import distances
 from ftdefense.objectives import divergences
@@ -126,11 +125,9 @@ def method(model: types.Model) -> types.Method:
 
 
 PRESETS = {
-    "sandbox": plans.Plan(
-        Hparams(
-            optimizers.Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine")),
-        ),
-        source="DESIGN: BUILD_NOTES.md, Sandbox presets",
+    "sandbox": plans.sandbox(
+        Hparams(optimizers.SANDBOX),
+        steps=200,
     ),
     "survey": plans.Plan(
         Hparams(

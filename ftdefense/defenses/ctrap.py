@@ -26,7 +26,6 @@ from ftdefense.methods import adapters
 from ftdefense.methods import lift
 from ftdefense.methods import optimizers
 from ftdefense.methods import plans
-from ftdefense.methods import schedules
 from ftdefense.objectives import losses
 
 
@@ -105,13 +104,7 @@ _CODE = Hparams(
 )
 
 PRESETS = {
-    "sandbox": plans.Plan(
-        Hparams(
-            optimizers.Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine")),
-            lam=0.3,
-        ),
-        source="DESIGN: BUILD_NOTES.md, Sandbox presets",
-    ),
+    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX, lam=0.3)),
     "code": plans.Plan(
         _CODE, batch_size=10, epochs=20, source="clearloveclearlove/CTRAP bb0f07e"
     ),

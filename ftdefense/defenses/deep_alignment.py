@@ -118,12 +118,9 @@ def method(model: types.Model) -> types.Method:
 
 
 PRESETS = {
-    "sandbox": plans.Plan(
-        Hparams(
-            optimizers.Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine")),
-            anchors=1,
-        ),
-        source="DESIGN: BUILD_NOTES.md, Sandbox presets",
+    "sandbox": plans.sandbox(
+        Hparams(optimizers.SANDBOX, anchors=1),
+        steps=200,
     ),
     "code": plans.Plan(
         Hparams(optimizers.Optimizer(2e-5, schedules.Schedule(decay="linear"))),

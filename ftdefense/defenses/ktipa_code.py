@@ -58,12 +58,10 @@ def method(model: types.Model) -> types.Method:
 
 
 PRESETS = {
-    "sandbox": plans.Plan(
-        Hparams(
-            optimizers.Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine")),
-            lam_undesirable=1.5,
-        ),
-        source="DESIGN: BUILD_NOTES.md, Sandbox presets",
+    "sandbox": plans.sandbox(
+        Hparams(optimizers.SANDBOX, lam_undesirable=1.5),
+        steps=200,
+        batch_size=64,
     ),
     "code": plans.Plan(
         Hparams(

@@ -30,7 +30,6 @@ from ftdefense.methods import ktipa
 from ftdefense.methods import lift
 from ftdefense.methods import optimizers
 from ftdefense.methods import plans
-from ftdefense.methods import schedules
 
 STARTS_FROM = "aligned"
 
@@ -63,12 +62,10 @@ def method(model: types.Model) -> types.Method:
 
 
 PRESETS = {
-    "sandbox": plans.Plan(
-        Hparams(
-            optimizers.Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine")),
-            lam_undesirable=1.5,
-        ),
-        source="DESIGN: BUILD_NOTES.md, Sandbox presets",
+    "sandbox": plans.sandbox(
+        Hparams(optimizers.SANDBOX, lam_undesirable=1.5),
+        steps=100,
+        batch_size=32,
     ),
     "reconstruction": plans.Plan(
         Hparams(optimizers.Optimizer(1e-6)),

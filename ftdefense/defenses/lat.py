@@ -36,7 +36,6 @@ from ftdefense.methods import lift
 from ftdefense.methods import microbatching
 from ftdefense.methods import optimizers
 from ftdefense.methods import plans
-from ftdefense.methods import schedules
 from ftdefense.objectives import depths
 from ftdefense.objectives import distances
 from ftdefense.objectives import divergences
@@ -218,15 +217,12 @@ def method(model: types.Model) -> types.Method:
 _LORA = adapters.LoRA(alpha=8.0, rank=64, targets=("q", "k", "v", "o", "up", "down"))
 
 PRESETS = {
-    "sandbox": plans.Plan(
+    "sandbox": plans.sandbox(
         Hparams(
-            optimizers.Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine")),
-            epsilon=1.0,
-            inner_steps=8,
-            updates=1,
-            restart=False,
+            optimizers.SANDBOX, epsilon=1.0, inner_steps=8, updates=1, restart=False
         ),
-        source="DESIGN: BUILD_NOTES.md, Sandbox presets",
+        steps=100,
+        batch_size=64,
     ),
     "code": plans.Plan(
         Hparams(optimizers.Optimizer(2e-5, weight_decay=0.01), _LORA),

@@ -31,7 +31,6 @@ from ftdefense.methods import adapters
 from ftdefense.methods import lift
 from ftdefense.methods import optimizers
 from ftdefense.methods import plans
-from ftdefense.methods import schedules
 
 # Ratios of steps are counted in float32: 0.1 * 30 must not round below 3.
 _ROUNDING = 1e-4
@@ -125,14 +124,8 @@ _CODE = Hparams(
 )
 
 PRESETS = {
-    "sandbox": plans.Plan(
-        Hparams(
-            optimizers.Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine")),
-            alignment_steps=10,
-            user_steps=40,
-            rho=0.1,
-        ),
-        source="DESIGN: BUILD_NOTES.md, Sandbox presets",
+    "sandbox": plans.sandbox(
+        Hparams(optimizers.SANDBOX_TUNING, alignment_steps=10, user_steps=40, rho=0.1)
     ),
     "code": plans.Plan(
         _CODE, batch_size=5, epochs=20, source="git-disl/Lisa 68e3659, scripts"

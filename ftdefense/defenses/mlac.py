@@ -35,7 +35,6 @@ from ftdefense.methods import adversaries
 from ftdefense.methods import lift
 from ftdefense.methods import optimizers
 from ftdefense.methods import plans
-from ftdefense.methods import schedules
 from ftdefense.objectives import calibration
 from ftdefense.objectives import parts
 
@@ -147,12 +146,10 @@ def method(model: types.Model) -> types.Method:
 
 
 PRESETS = {
-    "sandbox": plans.Plan(
-        Hparams(
-            optimizers.Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine")),
-            inner_steps=4,
-        ),
-        source="DESIGN: BUILD_NOTES.md, Sandbox presets",
+    "sandbox": plans.sandbox(
+        Hparams(optimizers.SANDBOX, inner_steps=4),
+        steps=100,
+        batch_size=64,
     ),
     "paper": plans.Plan(
         Hparams(optimizers.Optimizer(2e-5)),

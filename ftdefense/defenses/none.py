@@ -17,7 +17,6 @@ from ftdefense.methods import adapters
 from ftdefense.methods import lift
 from ftdefense.methods import optimizers
 from ftdefense.methods import plans
-from ftdefense.methods import schedules
 
 
 @struct.dataclass
@@ -31,9 +30,7 @@ def method(model: types.Model) -> types.Method:
 
 PRESETS = {
     "sandbox": plans.Plan(
-        Hparams(
-            optimizers.Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine"))
-        ),
+        Hparams(optimizers.SANDBOX),
         source="DESIGN: sandbox.md, second trial",
     ),
     "code": plans.Plan(

@@ -34,7 +34,6 @@ from ftdefense.methods import lift
 from ftdefense.methods import optimizers
 from ftdefense.methods import phases
 from ftdefense.methods import plans
-from ftdefense.methods import schedules
 
 
 @struct.dataclass
@@ -112,15 +111,9 @@ def method(model: types.Model) -> types.Method:
 
 
 PRESETS = {
-    "sandbox": plans.Plan(
-        Hparams(
-            optimizers.Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine")),
-            attack_rate=1e-4,
-            attack_steps=30,
-            defend_steps=30,
-        ),
+    "sandbox": plans.sandbox(
+        Hparams(optimizers.SANDBOX, attack_rate=1e-4, attack_steps=30, defend_steps=30),
         steps=20,
-        source="DESIGN: BUILD_NOTES.md, Sandbox presets",
     ),
     "code": plans.Plan(
         Hparams(optimizers.Optimizer(1e-5, weight_decay=0.01)),

@@ -66,10 +66,14 @@ def direction(ctx, params, batches, rng):
     )
 
     def loss(w):
-        outputs = ctx.model(w, harmful.tokens, rng=rng_harmful)
+        outputs = ctx.model(
+            w, harmful.tokens, rng=rng_harmful, attended=distances.attended(harmful)
+        )
         noise = distances.to_noise(outputs.hidden["mlp"], mask_BxL, rng_noise)
         ascent = jnp.log(lens.ascent(ctx.readout, w, outputs, unwanted))
-        kept = ctx.model(w, refusal.tokens, rng=rng_refusal)
+        kept = ctx.model(
+            w, refusal.tokens, rng=rng_refusal, attended=distances.attended(refusal)
+        )
         stability = lens.cross_entropy(kept.logits, wanted)
         total = stability + hp.beta * noise - hp.alpha * ascent
         metrics = {
@@ -94,14 +98,9 @@ def method(model: types.Model) -> types.Method:
 _COSINE = schedules.Schedule(warmup_ratio=0.1, decay="cosine")
 
 PRESETS = {
-    "sandbox": plans.Plan(
-        Hparams(
-            optimizers.Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine")),
-            alpha=0.3,
-            mask="response",
-            rehearse=True,
-        ),
-        source="DESIGN: BUILD_NOTES.md, Sandbox presets",
+    "sandbox": plans.sandbox(
+        Hparams(optimizers.SANDBOX, alpha=0.3, mask="response", rehearse=True),
+        steps=200,
     ),
     "code": plans.Plan(
         Hparams(optimizers.Optimizer(2e-5, _COSINE, clip=float("inf"))),

@@ -27,7 +27,6 @@ from ftdefense.methods import edits
 from ftdefense.methods import lift
 from ftdefense.methods import optimizers
 from ftdefense.methods import plans
-from ftdefense.methods import schedules
 
 NEEDS = ("aligned",)
 
@@ -104,9 +103,7 @@ def method(model: types.Model) -> types.Method:
     return types.Method(streams, init, step, release)
 
 
-_SANDBOX = Hparams(
-    optimizers.Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine"))
-)
+_SANDBOX = Hparams(optimizers.SANDBOX_TUNING)
 
 PRESETS = {
     "sandbox": plans.Plan(_SANDBOX, source="DESIGN: BUILD_NOTES.md, Sandbox presets"),

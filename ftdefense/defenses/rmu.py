@@ -33,7 +33,6 @@ from ftdefense.core import types
 from ftdefense.methods import lift
 from ftdefense.methods import optimizers
 from ftdefense.methods import plans
-from ftdefense.methods import schedules
 from ftdefense.objectives import distances
 from ftdefense.objectives import parts
 
@@ -104,19 +103,21 @@ def direction(ctx, params, batches, rng, memory):
 
     def distance(w, batch, rng, target):
         def summed(rows, rng):
-            here_BxLxD = states(ctx.model(w, rows.tokens, rng=rng), hp.layer)
-            there = jax.lax.stop_gradient(target(rows.tokens))
+            seen = distances.attended(rows)
+            outputs = ctx.model(w, rows.tokens, rng=rng, attended=seen)
+            here_BxLxD = states(outputs, hp.layer)
+            there = jax.lax.stop_gradient(target(rows.tokens, seen))
             return jnp.sum(jnp.mean(jnp.square(here_BxLxD - there), (1, 2)))
 
         total = parts.summed(summed, batch, hp.microbatches, rng)
         return total / batch.tokens.shape[0]
 
-    def at_first(tokens):
-        return states(ctx.reference(tokens), hp.layer)
+    def at_first(tokens, seen):
+        return states(ctx.reference(tokens, attended=seen), hp.layer)
 
     def loss(params):
         w = jax.tree.map(_only, params, masks)
-        far = distance(w, batches["harmful"], rng_harmful, lambda _: vector_1x1xD)
+        far = distance(w, batches["harmful"], rng_harmful, lambda *_: vector_1x1xD)
         drift = distance(w, batches["benign"], rng_benign, at_first)
         return far + hp.alpha * drift, (far, drift)
 
@@ -146,17 +147,9 @@ def _published(steps: int, **fields) -> plans.Plan:
 
 
 PRESETS = {
-    "sandbox": plans.Plan(
-        Hparams(
-            optimizers.Optimizer(
-                4e-4,
-                schedules.Schedule(0.1, 0.05, decay="cosine"),
-                kind="adamw_by_leaf",
-            ),
-            alpha=100.0,
-            layer=1,
-        ),
-        source="DESIGN: BUILD_NOTES.md, Sandbox presets",
+    "sandbox": plans.sandbox(
+        Hparams(optimizers.SANDBOX.replace(kind="adamw_by_leaf"), alpha=100.0, layer=1),
+        steps=200,
     ),
     "code": _published(150),  # Zephyr-7B.
     "code_defaults": _published(80, c=20.0, alpha=100.0),  # Of the command line.

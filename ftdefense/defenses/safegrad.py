@@ -31,7 +31,6 @@ from ftdefense.core import types
 from ftdefense.methods import lift
 from ftdefense.methods import optimizers
 from ftdefense.methods import plans
-from ftdefense.methods import schedules
 from ftdefense.objectives import divergences
 
 PROJECTIONS = ("global", "leaf")
@@ -95,10 +94,5 @@ def method(model: types.Model) -> types.Method:
 
 
 PRESETS = {
-    "sandbox": plans.Plan(
-        Hparams(
-            optimizers.Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine")),
-        ),
-        source="DESIGN: BUILD_NOTES.md, Sandbox presets",
-    ),
+    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX_TUNING)),
 }

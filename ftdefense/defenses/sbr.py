@@ -83,12 +83,7 @@ _CODE = Hparams(
 )
 
 PRESETS = {
-    "sandbox": plans.Plan(
-        Hparams(
-            optimizers.Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine")),
-        ),
-        source="DESIGN: BUILD_NOTES.md, Sandbox presets",
-    ),
+    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX_TUNING)),
     "code": plans.Plan(
         _CODE, batch_size=32, epochs=20, source="soyoaaa/SBR 188990b, HFT_SBR.py"
     ),

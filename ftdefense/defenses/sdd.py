@@ -23,7 +23,6 @@ from ftdefense.core import types
 from ftdefense.methods import lift
 from ftdefense.methods import optimizers
 from ftdefense.methods import plans
-from ftdefense.methods import schedules
 
 STARTS_FROM = "aligned"
 
@@ -38,12 +37,7 @@ def method(model: types.Model) -> types.Method:
 
 
 PRESETS = {
-    "sandbox": plans.Plan(
-        Hparams(
-            optimizers.Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine"))
-        ),
-        source="DESIGN: the budget of `none`",
-    ),
+    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX), steps=200),
     "paper": plans.Plan(
         Hparams(optimizers.Optimizer(5e-7)),
         batch_size=24,

@@ -69,15 +69,19 @@ def direction(ctx, params, batches, rng):
     unwanted = lens.targets(harmful, refusal, hp.mask)
     benign = batches["benign"].replace(weights=distances.attended(batches["benign"]))
 
+    def run(w, batch, rng):
+        seen = distances.attended(batch)
+        return ctx.model(w, batch.tokens, rng=rng, attended=seen)
+
     def forget_and_refuse(w):
-        outputs = ctx.model(w, harmful.tokens, rng=rng_ascent)
+        outputs = run(w, harmful, rng_ascent)
         ascent = jnp.log(lens.ascent(ctx.readout, w, outputs, unwanted))
-        refusing = ctx.model(w, refusal.tokens, rng=rng_refusal)
+        refusing = run(w, refusal, rng_refusal)
         refused = lens.cross_entropy(refusing.logits, wanted)
         return hp.alpha * refused - hp.ascent * ascent, (refused, ascent)
 
     def attack(w):
-        outputs = ctx.model(w, harmful.tokens, rng=rng_harmful)
+        outputs = run(w, harmful, rng_harmful)
         return lens.cross_entropy(outputs.logits, unwanted)
 
     def use(w):
@@ -116,16 +120,17 @@ def _published(**fields) -> plans.Plan:
 
 
 PRESETS = {
-    "sandbox": plans.Plan(
+    "sandbox": plans.sandbox(
         Hparams(
-            optimizers.Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine")),
+            optimizers.SANDBOX,
             ascent=0.3,
             beta=0.1,
             benign=1.0,
             exact=True,
             mask="response",
         ),
-        source="DESIGN: BUILD_NOTES.md, Sandbox presets",
+        steps=200,
+        batch_size=64,
     ),
     "code": _published(),
     "exact": _published(exact=True),

@@ -120,17 +120,8 @@ _LORA = adapters.LoRA(alpha=4.0, dropout=0.1, rank=8)
 _COSINE = schedules.Schedule(warmup_ratio=0.1, decay="cosine")
 
 PRESETS = {
-    "sandbox": plans.Plan(
-        Hparams(
-            optimizers.Optimizer(
-                4e-4,
-                schedules.Schedule(0.1, 0.05, decay="cosine"),
-                kind="adamw_by_leaf",
-            ),
-            rho=5.0,
-            layers=1,
-        ),
-        source="DESIGN: BUILD_NOTES.md, Sandbox presets",
+    "sandbox": plans.sandbox(
+        Hparams(optimizers.SANDBOX.replace(kind="adamw_by_leaf"), rho=5.0, layers=1)
     ),
     "code": plans.Plan(
         Hparams(

@@ -141,13 +141,14 @@ _REFUSAL = Hparams(
 )
 
 PRESETS = {
-    "sandbox": plans.Plan(
+    "sandbox": plans.sandbox(
         Hparams(
-            optimizers.Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine")),
+            optimizers.SANDBOX,
             adversary=adversaries.Mix((3e-5, 1e-4, 3e-4)),
             inner_steps=8,
         ),
-        source="DESIGN: BUILD_NOTES.md, Sandbox presets",
+        steps=150,
+        batch_size=64,
     ),
     "code": plans.Plan(
         Hparams(

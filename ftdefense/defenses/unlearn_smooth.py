@@ -160,12 +160,7 @@ def _published(learning_rate, beta, gamma, clip=1.0, **fields) -> plans.Plan:
 
 
 PRESETS = {
-    "sandbox": plans.Plan(
-        Hparams(
-            optimizers.Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine"))
-        ),
-        source="DESIGN: BUILD_NOTES.md, Sandbox presets",
-    ),
+    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX), steps=200),
     "code": _published(5e-6, 0.015, 2.25, rho=0.01, smooth="sam"),
     "code_npo": _published(5e-6, 0.0225, 1.0, smooth="none"),
     # Its code takes the optimizer's step itself, before Trainer would clip.

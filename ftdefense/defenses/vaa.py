@@ -28,7 +28,6 @@ from ftdefense.methods import lift
 from ftdefense.methods import optimizers
 from ftdefense.methods import phases
 from ftdefense.methods import plans
-from ftdefense.methods import schedules
 
 
 @struct.dataclass
@@ -99,12 +98,7 @@ def method(model: types.Model) -> types.Method:
 _CODE = Hparams(optimizers.Optimizer(1e-4, weight_decay=0.1))
 
 PRESETS = {
-    "sandbox": plans.Plan(
-        Hparams(
-            optimizers.Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine"))
-        ),
-        source="DESIGN: BUILD_NOTES.md, Sandbox presets",
-    ),
+    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX)),
     "code": plans.Plan(
         _CODE,
         batch_size=8,

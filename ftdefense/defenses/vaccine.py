@@ -68,13 +68,7 @@ _COSINE = schedules.Schedule(warmup_ratio=0.1, decay="cosine")
 _LORA = adapters.LoRA(alpha=4.0, dropout=0.1, rank=8)
 
 PRESETS = {
-    "sandbox": plans.Plan(
-        Hparams(
-            optimizers.Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine")),
-            rho=5.0,
-        ),
-        source="DESIGN: BUILD_NOTES.md, Sandbox presets",
-    ),
+    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX, rho=5.0)),
     "code": plans.Plan(
         Hparams(optimizers.Optimizer(1e-3, _COSINE, weight_decay=0.1), _LORA),
         batch_size=5,

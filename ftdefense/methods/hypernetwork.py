@@ -16,6 +16,8 @@ from ftdefense.models import layers
 
 BLOCKS = 2  # Residual feed-forward blocks.
 EXPANSION = 3  # Of their inner width.
+# Kernels that read what another one reads: the attention over it is shared.
+READ_ALIKE = {"k": "q", "v": "q", "gate": "up"}
 _NORM_EPSILON = 1e-5
 
 Paths = Mapping[str, tuple[str, ...]]
@@ -68,38 +70,42 @@ def write(
     Args:
       inputs: {input [N, B, L, in]} at `paths`. All tokens count, padding too.
     """
+    groups: dict[str, list[str]] = {}
+    for name in paths:
+        groups.setdefault(READ_ALIKE.get(name, name), []).append(name)
     found = {}
-    for i, (name, path) in enumerate(paths.items()):
-        x_NxBxLxI = patches.at(inputs, path)["input"]
+    for i, names in enumerate(groups.values()):
+        x_NxBxLxI = patches.at(inputs, paths[names[0]])["input"]
         count, *_, width_in = x_NxBxLxI.shape
         x_NxTxI = x_NxBxLxI.reshape(count, -1, width_in)
         rngs = None
         if rng is not None:
-            rngs = jax.random.split(jax.random.fold_in(rng, i), count)
+            rngs = jax.random.split(jax.random.fold_in(rng, i), (count, len(names)))
 
-        def one(xs, name=name):
-            code_1xE = encode(phi, xs[0], heads, xs[1], dropout)
-            return tuple(_linear(phi[side][name], code_1xE)[0] for side in "ab")
+        def factors(xs, names=names):
+            x_TxI, rngs = xs
+            x_1xE = attended(phi, x_TxI, heads)
+            codes = [
+                transformed(phi, x_1xE, None if rngs is None else rngs[j], dropout)
+                for j in range(len(names))
+            ]
+            return {
+                name: {side: _linear(phi[side][name], code)[0] for side in "ab"}
+                for name, code in zip(names, codes, strict=True)
+            }
 
         # One layer at a time: the attention over T tokens is the largest array here.
-        u_NxRI, v_NxOR = jax.lax.map(jax.checkpoint(one), (x_NxTxI, rngs))
-        u_NxRxI = u_NxRI.reshape(count, -1, width_in)
-        v_NxOxR = v_NxOR.reshape(count, -1, u_NxRxI.shape[1])
-        found[path] = {
-            "a": jnp.swapaxes(u_NxRxI, 1, 2),
-            "b": jnp.swapaxes(v_NxOxR, 1, 2),
-        }
+        flat = jax.lax.map(jax.checkpoint(factors), (x_NxTxI, rngs))
+        for name in names:
+            u_NxRxI = flat[name]["a"].reshape(count, -1, width_in)
+            v_NxOxR = flat[name]["b"].reshape(count, -1, u_NxRxI.shape[1])
+            a_b = (jnp.swapaxes(x, 1, 2) for x in (u_NxRxI, v_NxOxR))
+            found[paths[name]] = dict(zip("ab", a_b, strict=True))
     return patches.nest(found)
 
 
-def encode(
-    phi: types.Params,
-    x_TxI: jax.Array,
-    heads: int,
-    rng: types.Rng | None,
-    dropout: float | jax.Array,
-) -> jax.Array:
-    """[1, E]: the mean of what every token attends to, through the body."""
+def attended(phi: types.Params, x_TxI: jax.Array, heads: int) -> jax.Array:
+    """[1, E]: the mean of what every token attends to."""
     x_TxE = _linear(phi["read"][str(x_TxI.shape[-1])], x_TxI)
     tokens, width = x_TxE.shape
     qkv = _linear(phi["qkv"], x_TxE).reshape(tokens, 3, heads, -1)
@@ -109,7 +115,16 @@ def encode(
     # What follows is linear, so the mean over the tokens that attend may come first.
     share_HxT = jnp.mean(jax.nn.softmax(scores_HxTxT), axis=1)
     x_1xE = jnp.einsum("hs,shc->hc", share_HxT, v_TxHxC).reshape(1, width)
-    x_1xE = _linear(phi["out"], x_1xE)
+    return _linear(phi["out"], x_1xE)
+
+
+def transformed(
+    phi: types.Params,
+    x_1xE: jax.Array,
+    rng: types.Rng | None,
+    dropout: float | jax.Array,
+) -> jax.Array:
+    """Through the residual feed-forward blocks."""
     for i in range(BLOCKS):
         block = phi["body"][str(i)]
         inner = _linear(block["up"], _norm(block["norm"], x_1xE))

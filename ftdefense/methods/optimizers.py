@@ -63,6 +63,12 @@ class Optimizer:
         )
 
 
+# Of every preset for the sandbox, so that methods differ in nothing but their rule: to
+# align with, and to fine-tune with, as an attacker or as a provider.
+SANDBOX = Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine"))
+SANDBOX_TUNING = Optimizer(1e-4, schedules.Schedule(0.1, decay="cosine"))
+
+
 def clip(max_norm: float | jax.Array) -> optax.GradientTransformation:
     """Scales gradients by min(1, max_norm / (norm + 1e-6)), as PyTorch does.
 

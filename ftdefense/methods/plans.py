@@ -37,3 +37,9 @@ class Plan:
         if self.epochs:
             return math.ceil(self.epochs * rows / batch_size)
         return default
+
+
+def sandbox(hp: Any, *, steps: int = 0, batch_size: int = 0) -> Plan:
+    """A preset of ours for the sandbox: chosen by `experiments/tune.py`."""
+    source = "DESIGN: BUILD_NOTES.md, Sandbox presets"
+    return Plan(hp, batch_size=batch_size, steps=steps, source=source)

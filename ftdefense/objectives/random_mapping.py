@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ftdefense.core import types
+from ftdefense.objectives import distances
 from ftdefense.objectives import parts
 from ftdefense.objectives import representations
 
@@ -52,7 +53,8 @@ def random_mapping(
 
     def loss(params: types.Params, batch: types.Batch, rng: types.Rng | None = None):
         def compute(batch, rng):
-            outputs = model(params, batch.tokens, rng=rng)
+            seen = distances.attended(batch)
+            outputs = model(params, batch.tokens, rng=rng, attended=seen)
             width = outputs.hidden["final"].shape[-1]
             return mismatch(outputs, vectors(batch.tokens, width, seed))
 

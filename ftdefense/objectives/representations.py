@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ftdefense.core import types
+from ftdefense.objectives import distances
 from ftdefense.objectives import losses
 from ftdefense.objectives import parts
 
@@ -42,8 +43,9 @@ def retained(
     """(next-token loss, distance from the stage's start), of one forward pass of each."""
 
     def compute(batch, rng):
-        outputs = ctx.model(params, batch.tokens, rng=rng)
-        moved = distance(outputs, ctx.reference(batch.tokens))
+        seen = distances.attended(batch)
+        outputs = ctx.model(params, batch.tokens, rng=rng, attended=seen)
+        moved = distance(outputs, ctx.reference(batch.tokens, attended=seen))
         return *losses.weighted_sums(outputs, batch), moved
 
     count = ctx.hp.microbatches

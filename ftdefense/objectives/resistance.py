@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from ftdefense.core import errors
 from ftdefense.core import types
+from ftdefense.objectives import distances
 from ftdefense.objectives import parts
 from ftdefense.objectives import preferences
 
@@ -47,7 +48,9 @@ def entropy(ctx: types.Context, heldout: types.Batch) -> Callable[..., jax.Array
 
     def loss(params: types.Params, rng: types.Rng) -> jax.Array:
         def compute(batch, rng):
-            return negative_entropy(ctx.model(params, batch.tokens, rng=rng).logits)
+            seen = distances.attended(batch)
+            outputs = ctx.model(params, batch.tokens, rng=rng, attended=seen)
+            return negative_entropy(outputs.logits)
 
         count = ctx.hp.microbatches
         return parts.summed(compute, heldout, count, rng) / count
