@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 import dataclasses
+import json
 from typing import Any
 
 import settings
 import threats
 
+from ftdefense.core import config
 from ftdefense.core import types
 from ftdefense.data import recipes
 from ftdefense.data.sandbox import wrappers
@@ -14,6 +16,7 @@ from ftdefense.evaluation import budget
 from ftdefense.evaluation import checks
 from ftdefense.evaluation import success
 from ftdefense.evaluation import suite
+from ftdefense.training import checkpoint
 from ftdefense.training import pipeline
 from ftdefense.training import stages
 
@@ -45,6 +48,8 @@ class Cells:
         self._part = suite.Evaluator(
             bench.model, bench.world, limit=bench.defaults.watched
         )
+        # What the scores of given weights depend on, besides them.
+        self._key = config.digest(bench.world.hashes(), sorted(self._wrapped))
         self.generations: list[dict[str, Any]] = []
 
     def defend(
@@ -145,24 +150,25 @@ class Cells:
         }
         return [*during, after]
 
-    def _score(
-        self, stage: stages.Stage, defense: str, attack: str, seed: int
-    ) -> dict[str, Any]:
-        scores = self._whole(types.Release(stage.params), keep_generations=True)
-        self.generations += [
-            {
-                "defense": defense,
-                "attack": attack,
-                "seed": seed,
-                **dataclasses.asdict(generation),
-            }
-            for generation in scores.generations
-        ]
-        row = scores.row()
-        for name, evaluate in self._wrapped.items():
-            rates = evaluate(types.Release(stage.params)).rates
-            row[f"harmful_score/{name}"] = rates["harmful_score"].value
-        return row
+    def _score(self, stage: stages.Stage, defense: str, attack: str, seed: int) -> Row:
+        """Rates and losses of a release; what was scored once is kept with its stage."""
+        kept = stage.folder and stage.folder / f"scores-{self._key}.json"
+        if kept and kept.is_file():
+            found = json.loads(kept.read_text())
+        else:
+            release = types.Release(stage.params)
+            scores = self._whole(release, keep_generations=True)
+            row = scores.row()
+            for name, evaluate in self._wrapped.items():
+                rate = evaluate(release).rates["harmful_score"]
+                row[f"harmful_score/{name}"] = rate.value
+            said = [dataclasses.asdict(one) for one in scores.generations]
+            found = {"row": row, "generations": said}
+            if kept:
+                checkpoint.write_json(kept, found)
+        where = {"defense": defense, "attack": attack, "seed": seed}
+        self.generations += [{**where, **one} for one in found["generations"]]
+        return found["row"]
 
 
 def flagged(rows: Sequence[dict]) -> list[dict]:

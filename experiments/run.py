@@ -8,6 +8,7 @@ Repeating the command resumes what was interrupted and reads what is finished.
 """
 
 import json
+import subprocess
 import sys
 
 from absl import flags
@@ -26,6 +27,7 @@ from ftdefense.reporting import manifest
 from ftdefense.reporting import rows as result_rows
 from ftdefense.reporting import tables
 from ftdefense.training import checkpoint
+from ftdefense.training import pipeline
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(settings)
@@ -54,6 +56,12 @@ flags.DEFINE_list(
     "Jailbreak analogues that harmful prompts are also put through (sandbox only): "
     "trigger, persona, prefill, paraphrase. Each adds a column harmful_score/NAME.",
 )
+
+
+flags.DEFINE_integer(
+    "jobs", 1, "Processes that share the defenses among them: on a CPU, one a core."
+)
+flags.DEFINE_string("share", "", "Set by --jobs for its processes: i/n.")
 
 
 def main() -> None:
@@ -91,7 +99,13 @@ def main() -> None:
             },
         },
     )
-    rows = run(runner, pairs, seeds)
+    companies = [tuple(seeds)] if FLAGS.vmap_seeds else [(seed,) for seed in seeds]
+    if FLAGS.share:
+        run(runner, pairs[share()], companies)
+        return
+    if FLAGS.jobs > 1:
+        distribute(bench, len(pairs), companies)
+    rows = run(runner, pairs, companies)
     write(workdir, rows, runner.generations)
     checkpoint.write_json(
         workdir / "manifest.json",
@@ -120,13 +134,15 @@ def fitting(asked: list[str]) -> list[str]:
 def run(
     runner: cells.Cells,
     pairs: list[tuple[settings.Chosen, list[settings.Chosen]]],
-    seeds: list[int],
+    companies: list[tuple[int, ...]],
 ) -> list[dict]:
-    """Rows of every cell, with their flags."""
+    """Rows of every cell, with their flags.
+
+    `companies` are the seeds that run together: one by one, all of a seed comes before
+    the next; with --vmap_seeds there is one company of all.
+    """
     rows: list[dict] = []
     total = sum(1 + len(attacks) for _, attacks in pairs)
-    # One after another: all of a seed, then of the next. Together: all seeds of a cell.
-    companies = [tuple(seeds)] if FLAGS.vmap_seeds else [(seed,) for seed in seeds]
     with tqdm.tqdm(
         total=total * len(companies),
         desc="stages",
@@ -142,6 +158,40 @@ def run(
                     rows += runner.attack(defense, releases, before, attack, company)
                     bar.update()
     return cells.flagged(rows)
+
+
+def share() -> slice:
+    """The defenses of this process: every n-th, from the i-th."""
+    first, _, step = FLAGS.share.partition("/")
+    return slice(int(first), None, int(step))
+
+
+def distribute(
+    bench: pipeline.Bench, defenses: int, companies: list[tuple[int, ...]]
+) -> None:
+    """Fills the work directory by --jobs processes; nothing is returned but stages.
+
+    Raises:
+      UserError: if one of them failed; it has said why.
+    """
+    for company in companies:
+        bench.aligned(company)  # What they would all begin with.
+    count = min(FLAGS.jobs, defenses)
+    # Flags given twice: the last one counts.
+    commands = [
+        [sys.executable, *sys.argv, f"--share={i}/{count}"] for i in range(count)
+    ]
+    running = [subprocess.Popen(command) for command in commands]
+    try:
+        failed = [process.wait() for process in running]
+    finally:
+        for process in running:
+            process.terminate()
+    if any(failed):
+        raise errors.UserError(
+            f"{sum(map(bool, failed))} of {count} processes failed: see above. What they "
+            "finished is kept; the same command goes on from there."
+        )
 
 
 def write(workdir, rows: list[dict], generations: list[dict]) -> None:

@@ -5,8 +5,11 @@ again, it is read. One that was killed goes on where it stopped, to the same bit
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import inspect
 import json
@@ -103,6 +106,10 @@ class Store:
         `observe` looks at the parameters at the end of every chunk.
         """
         folder, key = self._claim(job)
+        with _lock(folder):
+            return self._run(job, folder, key, observe)
+
+    def _run(self, job, folder, key, observe) -> Stage:
         if (folder / _DONE).is_file():
             return self._read(folder, key)
         started = time.monotonic()
@@ -154,6 +161,10 @@ class Store:
             return [self.run(jobs[0], observe)]
         company = [job.seed for job in jobs]
         claimed = [self._claim(job, company) for job in jobs]
+        with _lock(claimed[0][0]):
+            return self._run_together(jobs, claimed, observe)
+
+    def _run_together(self, jobs, claimed, observe) -> list[Stage]:
         if not all((folder / _DONE).is_file() for folder, _ in claimed):
             started = time.monotonic()
             shared = claimed[0][0] / "checkpoint"
@@ -218,3 +229,11 @@ class Store:
         # The release is whole: what was needed to resume goes.
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         return Stage(params, key, folder, log, facts)
+
+
+@contextlib.contextmanager
+def _lock(folder: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes from the same stage: they wait, and find it finished."""
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
