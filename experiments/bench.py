@@ -3,12 +3,15 @@
   python experiments/bench.py --workdir=runs/bench
 
 Every ratio is the median over rounds in which its two sides ran one after the other,
-so that a busy machine slows both. `passes` are the forward-backward passes in specs/.
+so that a busy machine slows both. The target is 1.1 x the forward-backward passes that a
+method's docstring counts, a backward counting as two forwards.
 """
 
 from collections.abc import Callable
-import math
+import json
+import re
 import statistics
+import sys
 import time
 
 from absl import flags
@@ -17,10 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 import settings
 
+from ftdefense.core import cards
+from ftdefense.core import errors
 from ftdefense.core import registry
 from ftdefense.core import types
+from ftdefense.data import recipes
 from ftdefense.data import streams
-from ftdefense.reporting import rows as result_rows
 from ftdefense.reporting import tables
 from ftdefense.training import checkpoint
 from ftdefense.training import loop
@@ -31,21 +36,59 @@ flags.DEFINE_list("defenses", ["vaccine", "booster", "ctrap"], "Which, or all.")
 flags.DEFINE_integer("rounds", 9, "Measurements of each ratio; the median is shown.")
 flags.DEFINE_integer("members", 8, "Settings in one vmapped program.")
 
-PASSES = {"vaccine": 2, "booster": 3, "ctrap": 3, "sdd": 1, "none": 1, "never": 1}
-STEPS = 12
+STEPS = 12  # Of a cheap method; fewer of a dear one.
 
 
-def stepper(bench, package: str, name: str, members: int = 0) -> Callable[[], None]:
-    """A function that runs a warm chunk of STEPS steps and waits for it."""
+def cost(name: str, hp: types.Hparams) -> tuple[float, float]:
+    """(forwards, backwards) of one step: as the docstring's Cost says of these numbers.
+
+    A forward of three rows for each row of a batch counts as three, and what is
+    differentiated again as one forward and two backwards more.
+    """
+    k = getattr(hp, "inner_steps", 0)
+    described = {
+        "antidote": lambda: (8 * hp.block_steps, 3 * hp.block_steps),
+        "clamp": lambda: (4 * k + 5, 3 * k + 7),
+        "ktipa_code": lambda: (12, 3),
+        "ktipa_noh": lambda: (3 * 6 + 1 + k, 3 * 2 + 1 + k),
+        "ktipa_recon": lambda: (3 * 6 + 1 + k, 3 * 2 + 1 + k),
+        "lat": lambda: (2 * k + 3 * hp.updates + 1, 2 * k + 3 * hp.updates),
+        "mlac": lambda: (4 * k + 1, 5 * k + 1),
+        "patcher": lambda: (
+            2 * hp.defend_steps + hp.attack_steps,
+            2 * hp.defend_steps + hp.attack_steps,
+        ),
+        "repnoise": lambda: (3, 3) if hp.rehearse else (2, 2),
+        "seam": lambda: (8, 8) if hp.exact else (6, 6),
+        "tar": lambda: (k + k // hp.every + 2, k + k // hp.every + 1),
+        "unlearn_smooth": lambda: (4, 3),  # npo with sam
+        "vaa": lambda: (1 + hp.lam / 2, 1 + hp.lam / 2),
+    }
+    if name in described:
+        return described[name]()
+    text = cards.card(registry.load("defenses", name))["Cost"]
+    found = re.match(r"(\d+) forwards?, (\d+) backwards?", text)
+    if found is None:
+        raise errors.UserError(f"{name}: its Cost begins with no count of passes.")
+    return tuple(map(float, found.groups()))
+
+
+def stepper(
+    bench, package: str, name: str, members: int = 0, steps: int = STEPS
+) -> Callable[[], None]:
+    """A function that runs a warm chunk of `steps` steps and waits for it."""
     method = registry.method(package, name, bench.model)
     plan = bench.plan(package, name)
     pools = bench.world.defender if package == "defenses" else bench.world.attacker
-    pools = {**pools, "user": bench.world.attacker["harmful"]}
+    user = bench.world.attacker["harmful"]
+    groups = dict.fromkeys(("vulnerable", "steady"), bench.world.defender["alignment"])
+    pools = {**groups, **pools, "user": user}
+    pools["user_refusal"] = recipes.refused(bench.world, user, 0)
     budget = (
         bench.defaults.alignment if package == "defenses" else bench.defaults.attack
     )
     batches = {
-        role: streams.Stream(pools[role], budget.batch_size, shape, 0).chunk(0, STEPS)
+        role: streams.Stream(pools[role], budget.batch_size, shape, 0).chunk(0, steps)
         for role, shape in method.streams(plan.hp).items()
     }
     params = jax.jit(bench.model.init)(jax.random.key(0))
@@ -56,7 +99,7 @@ def stepper(bench, package: str, name: str, members: int = 0) -> Callable[[], No
         rng = jax.random.split(rng, members)
         batches = jax.tree.map(lambda x: np.stack([x] * members), batches)
     mapped = bool(members)
-    held = {"state": loop.init(method, lineage, hp, rng, STEPS, mapped=mapped)}
+    held = {"state": loop.init(method, lineage, hp, rng, steps, mapped=mapped)}
 
     def run() -> None:
         held["state"], _ = loop.run_chunk(
@@ -87,22 +130,30 @@ def ratio(above: Callable[[], None], below: Callable[[], None], times: int = 1):
 def main() -> None:
     bench = settings.bench()
     bench_rows = []
-    sft = stepper(bench, "defenses", "none")
+    below: dict[int, Callable[[], None]] = {}
     for name in settings.references("defenses", FLAGS.defenses):
-        if not registry.method("defenses", name, bench.model).streams(
-            bench.plan("defenses", name).hp
-        ):
-            continue
-        value, taken = ratio(stepper(bench, "defenses", name), sft)
-        passes = PASSES.get(name, math.nan)
+        hp = bench.plan("defenses", name).hp
+        if not registry.method("defenses", name, bench.model).streams(hp):
+            continue  # An edit: no step.
+        forwards, backwards = cost(name, hp)
+        passes = (forwards + 2 * backwards) / 3  # A backward costs two forwards.
+        steps = STEPS if passes < 8 else 2
+        if steps not in below:
+            below[steps] = stepper(bench, "defenses", "none", steps=steps)
+        value, taken = ratio(
+            stepper(bench, "defenses", name, steps=steps), below[steps]
+        )
+        bound = 2.0 if name in ("vaccine", "t_vaccine") else 1.1 * passes
         bench_rows.append(
             {
                 "what": f"{name} step / SFT step",
-                "ratio": round(value, 3),
-                "target": f"<= {1.1 * passes:.1f}" if passes > 1 else "",
-                "ms": round(1000 * taken / STEPS, 2),
+                "ratio": round(value, 2),
+                "target": f"<= {bound:.2f}",
+                "met": "yes" if value <= bound else "NO",
+                "ms": round(1000 * taken / steps, 1),
             }
         )
+        print(json.dumps(bench_rows[-1]), file=sys.stderr, flush=True)
     many = stepper(bench, "attacks", "sft", FLAGS.members)
     value, taken = ratio(many, stepper(bench, "attacks", "sft"), FLAGS.members)
     bench_rows.append(
@@ -110,6 +161,7 @@ def main() -> None:
             "what": f"{FLAGS.members} settings in one program / one by one",
             "ratio": round(value, 3),
             "target": "",
+            "met": "",
             "ms": round(1000 * taken / STEPS, 2),
         }
     )
@@ -118,7 +170,6 @@ def main() -> None:
     workdir = settings.workdir()
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(workdir / "bench.json", bench_rows)
-    result_rows.write_text(workdir / "bench.txt", f"{jax.devices()}\n")
 
 
 if __name__ == "__main__":
