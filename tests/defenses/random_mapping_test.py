@@ -6,6 +6,7 @@ Mutants:
   `grads, hp.lam, grad_m` -> `grads, -hp.lam, grad_m`
   `(params, batches["harmful"], rng_harmful)` -> `(params, batches["retain"], rng_harmful)`
   `ctx.model, hp.table_seed, hp.microbatches` -> `ctx.model, 0, hp.microbatches`
+  `rng=rng, attended=seen` -> `rng=rng` in objectives/random_mapping.py
   `1 - jnp.abs(cosines_NxBxL)` -> `1 - cosines_NxBxL` in objectives/random_mapping.py
   `_length(hidden_NxBxLxD) * _length(vectors_1xBxLxD)` -> `_length(hidden_NxBxLxD)` in objectives/random_mapping.py
 """
@@ -16,6 +17,7 @@ import numpy as np
 
 from ftdefense.core import tree
 from ftdefense.defenses import random_mapping
+from ftdefense.objectives import distances
 from ftdefense.objectives import random_mapping as objective
 
 from ..conftest import batch
@@ -39,7 +41,9 @@ def directed(weights=None, **settings):
 @jax.value_and_grad
 def mapping(weights, vectors):
     """The mapping loss, layer by layer."""
-    hidden = common.MODEL(weights, DATA["harmful"].tokens).hidden
+    rows = DATA["harmful"]
+    seen = distances.attended(rows)
+    hidden = common.MODEL(weights, rows.tokens, attended=seen).hidden
     total = 0.0
     for state in (hidden["embed"], hidden["resid"][0], hidden["final"]):
         lengths = (jnp.linalg.norm(x, axis=-1) for x in (state, vectors))
@@ -57,7 +61,9 @@ def test_reduces_to_sft_on_retain():
 
 
 def test_gradient_is_the_weighted_sum():
-    """Catches a coefficient left out, a sign, or the terms' batches swapped."""
+    """Catches a coefficient left out, a sign, the terms' batches swapped, or padding
+    that reads padding.
+    """
     grads, metrics = directed(lam=0.7, lam_retain=0.4, table_seed=3)
     vectors = objective.vectors(DATA["harmful"].tokens, common.MODEL.width, 3)
     value, gradient = mapping(common.params(), vectors)

@@ -8,6 +8,8 @@ Mutants:
   `all_real = hp.mask == "response"` -> `all_real = hp.mask != "response"`
   `for rows in (x_BxLxD, z_BxLxD)` -> `for rows in (x_BxLxD, x_BxLxD)` in objectives/distances.py
   `jnp.log(lens.ascent(ctx.readout, w, outputs, unwanted))` -> `lens.ascent(ctx.readout, w, outputs, unwanted)`
+  `attended=distances.attended(harmful)` -> `attended=None`
+  `attended=distances.attended(refusal)` -> `attended=None`
 """
 
 import functools
@@ -44,9 +46,19 @@ def params():
     return jax.tree.map(lambda x: np.asarray(x, np.float64), start)
 
 
+HARMFUL_ENDS, REFUSAL_ENDS = np.array([[5, 3, 5, 4], [3, 5, 4, 5]])
+
+
+def real(ends):
+    """[4, 6]: 1 before the padding."""
+    return (np.arange(6)[None] < ends[:, None]).astype(np.float64)
+
+
 def pairs():
     harmful, refusal = batch(1), batch(2)
     refusal.tokens[:, :2] = harmful.tokens[:, :2]
+    harmful.weights[:] *= real(HARMFUL_ENDS)
+    refusal.weights[:] *= real(REFUSAL_ENDS)
     return {"harmful": harmful, "refusal": refusal, "benign": batch(3)}
 
 
@@ -69,12 +81,15 @@ def close(a, b):
 
 @pytest.mark.parametrize("mask", lens.MASKS)
 def test_reduces_to_refusal_sft(mask):
-    """alpha = beta = 0. Catches the harmful text's targets in the stability term."""
+    """alpha = beta = 0. Catches the harmful text's targets in the stability term, and
+    padding that reads padding.
+    """
     data = pairs()
     asked = lens.targets(data["refusal"], data["harmful"], mask)
 
     def loss(w):
-        return lens.cross_entropy(MODEL(w, data["refusal"].tokens).logits, asked)
+        outputs = MODEL(w, data["refusal"].tokens, attended=real(REFUSAL_ENDS))
+        return lens.cross_entropy(outputs.logits, asked)
 
     grads, _ = direction(mask=mask, alpha=0.0, beta=0.0)
     close(grads, jax.jit(jax.grad(loss))(params()))
@@ -82,16 +97,16 @@ def test_reduces_to_refusal_sft(mask):
 
 @pytest.mark.parametrize("mask", lens.MASKS)
 def test_is_the_sum_of_its_terms(mask):
-    """Catches a sign, a factor, the other mask, or noise without it."""
+    """Catches a sign, a factor, the other mask, noise without it, padding that is seen."""
     data = pairs()
     unwanted = lens.targets(data["harmful"], data["refusal"], mask)
     where = lens.divergence(data["harmful"], data["refusal"])
     if mask == "response":
-        where = jnp.asarray(np.arange(6) < 5, jnp.float64)[None] * jnp.ones((4, 1))
+        where = real(HARMFUL_ENDS)
     rngs = jax.random.split(jax.random.split(KEY, 4)[3], 2)
 
     def terms(w):
-        outputs = MODEL(w, data["harmful"].tokens)
+        outputs = MODEL(w, data["harmful"].tokens, attended=real(HARMFUL_ENDS))
         noise = 0.0
         for i, mlp in enumerate(outputs.hidden["mlp"]):
             z = jax.random.normal(rngs[i], mlp.shape, mlp.dtype)

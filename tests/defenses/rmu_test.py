@@ -4,7 +4,9 @@ Mutants:
   `far + hp.alpha * drift, (far` -> `far + drift, (far`
   `jnp.square(here_BxLxD - there)` -> `jnp.square(here_BxLxD + there)`
   `vector_1x1xD = hp.c * memory[None, None]` -> `vector_1x1xD = memory[None, None]`
-  `states(ctx.reference(tokens), hp.layer)` -> `0 * states(ctx.reference(tokens), hp.layer)`
+  `states(ctx.reference(tokens, attended=seen), hp.layer)` -> `0 * states(ctx.reference(tokens, attended=seen), hp.layer)`
+  `ctx.reference(tokens, attended=seen)` -> `ctx.reference(tokens)`
+  `rng=rng, attended=seen` -> `rng=rng`
   `jax.random.uniform(rng, (width,), jnp.float32)` -> `jax.random.normal(rng, (width,), jnp.float32)`
   `u_D / jnp.linalg.norm(u_D)` -> `u_D`
   `(index > last - BLOCKS)` -> `(index >= last - BLOCKS)`
@@ -26,6 +28,7 @@ from ftdefense.methods import adapters
 from ftdefense.methods import lift
 from ftdefense.methods import optimizers
 from ftdefense.methods import schedules
+from ftdefense.objectives import distances
 
 from ..conftest import batch
 from . import common
@@ -45,7 +48,9 @@ def started(hp, weights):
 
 
 def states(w, role, layer):
-    return common.MODEL(w, DATA[role].tokens).hidden["resid"][layer]
+    rows = DATA[role]
+    outputs = common.MODEL(w, rows.tokens, attended=distances.attended(rows))
+    return outputs.hidden["resid"][layer]
 
 
 def test_vector_has_length_c_and_positive_entries():
@@ -57,7 +62,9 @@ def test_vector_has_length_c_and_positive_entries():
 
 
 def test_at_the_start_only_the_steering_acts():
-    """L_r = 0 with gradient 0, L_f = mean((h - v)^2). Catches another reference, or c."""
+    """L_r = 0 with gradient 0, L_f = mean((h - v)^2). Catches another reference, or c;
+    padding that reads padding.
+    """
     hp = rmu.Hparams(c=3.0, alpha=1200.0, layer=1)
     grads, metrics, _ = started(hp, common.params())
 
@@ -73,7 +80,9 @@ def test_at_the_start_only_the_steering_acts():
 
 
 def test_away_from_the_start_benign_states_are_held():
-    """alpha * mean((h - h_0)^2) is added. Catches alpha left out, or a sum for a mean."""
+    """alpha * mean((h - h_0)^2) is added. Catches alpha left out, or a sum for a mean;
+    a reference whose padding reads padding.
+    """
     hp = rmu.Hparams(c=3.0, alpha=7.0, layer=0)
     away = tree.add_scale(common.params(), 0.3, common.params(9))
     grads, metrics, _ = started(hp, away)
@@ -94,8 +103,8 @@ def test_away_from_the_start_benign_states_are_held():
 def free(hp, weights, first):
     """Direction of five blocks whose parameters [N, B, L, D] add up to the stream."""
 
-    def model(params, tokens, rng=None):
-        del tokens, rng
+    def model(params, tokens, rng=None, attended=None):
+        del tokens, rng, attended
         resid = params["layers"]["mlp"]["down"]["kernel"]
         return types.Outputs(None, {"resid": jnp.cumsum(resid, 0)})
 
@@ -108,7 +117,7 @@ def free(hp, weights, first):
         model=model,
         lineage=None,
         hp=hp,
-        reference=lambda tokens: model(params(first), tokens),
+        reference=lambda tokens, attended: model(params(first), tokens),
     )
     data = {role: batch(1, rows=2, length=3) for role in ("harmful", "benign")}
     unit = jnp.full((4,), 0.5)

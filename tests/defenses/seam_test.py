@@ -7,6 +7,7 @@ Mutants:
   `wide = jax.tree.map(distances.wide, params)` -> `wide = params`
   `hp.benign, coupled.grads[1]` -> `hp.benign, coupled.grads[0]`
   `wanted = lens.targets(refusal, harmful, hp.mask)` -> `wanted = lens.targets(harmful, refusal, hp.mask)`
+  `rng=rng, attended=seen` -> `rng=rng`
   `(unit_b, -cosine, unit_a)` -> `(unit_b, cosine, unit_a)` in objectives/coupling.py
   `(unit_a, -cosine, unit_b)` -> `(unit_b, -cosine, unit_a)` in objectives/coupling.py
   `(params, epsilon, vector)` -> `(params, -epsilon, vector)` in objectives/coupling.py
@@ -25,6 +26,7 @@ from ftdefense.core import tree
 from ftdefense.defenses import seam
 from ftdefense.methods import lift
 from ftdefense.objectives import coupling
+from ftdefense.objectives import distances
 from ftdefense.objectives import lens
 from ftdefense.objectives import losses
 
@@ -35,6 +37,7 @@ from . import common
 def pairs():
     harmful, refusal = batch(1), batch(2)
     refusal.tokens[:, :2] = harmful.tokens[:, :2]
+    harmful.weights[1, 3:] = refusal.weights[2, 3:] = 0
     return {"harmful": harmful, "refusal": refusal, "benign": batch(3)}
 
 
@@ -53,13 +56,16 @@ def gradient(loss):
     return jax.jit(jax.grad(loss))(common.params())
 
 
+def outputs(w, rows):
+    return common.MODEL(w, rows.tokens, attended=distances.attended(rows))
+
+
 def refusal_loss(mask):
     data = pairs()
     asked = lens.targets(data["refusal"], data["harmful"], mask)
 
     def loss(w):
-        logits = common.MODEL(w, data["refusal"].tokens).logits
-        return lens.cross_entropy(logits, asked)
+        return lens.cross_entropy(outputs(w, data["refusal"]).logits, asked)
 
     return loss
 
@@ -85,7 +91,9 @@ def some_losses():
 
 @pytest.mark.parametrize("mask", lens.MASKS)
 def test_reduces_to_refusal_sft(mask):
-    """ascent = beta = 0. Catches the harmful text's targets, or a term without weight."""
+    """ascent = beta = 0. Catches the harmful text's targets, or a term without weight,
+    or (where tokens differ) padding that reads padding.
+    """
     settings = {"exact": mask == "response", "mask": mask, "ascent": 0.0, "beta": 0.0}
     grads, _ = direction(**settings)
     common.close(grads, gradient(refusal_loss(mask)), rtol=1e-9, atol=1e-13)
@@ -97,8 +105,8 @@ def test_without_coupling_it_ascends_and_refuses():
     asked = lens.targets(data["harmful"], data["refusal"], "response")
 
     def loss(w):
-        outputs = common.MODEL(w, data["harmful"].tokens)
-        ascent = lens.ascent(common.MODEL.readout, w, outputs, asked)
+        found = outputs(w, data["harmful"])
+        ascent = lens.ascent(common.MODEL.readout, w, found, asked)
         return 0.3 * refusal_loss("response")(w) - 0.6 * jnp.log(ascent)
 
     settings = {"mask": "response", "alpha": 0.3, "ascent": 0.6, "beta": 0.0}
@@ -115,7 +123,7 @@ def test_couples_the_attack_with_every_benign_token():
     benign = losses.next_token(common.MODEL)
 
     def attack(w):
-        return lens.cross_entropy(common.MODEL(w, data["harmful"].tokens).logits, asked)
+        return lens.cross_entropy(outputs(w, data["harmful"]).logits, asked)
 
     def use(w):
         return benign(w, data["benign"].replace(weights=whole))

@@ -15,6 +15,9 @@ Mutants:
   `value, grads = judged(there, rng)` -> `value, grads = judged(params, rng)` in methods/adversaries.py
   `p_BxLxV * logps_BxLxV` -> `logps_BxLxV` in objectives/resistance.py
   `logps(ctx.reference, (refusal, heldout))` -> `logps(ctx.reference, (heldout, refusal))` in objectives/resistance.py
+  `rng=rng, attended=seen` -> `rng=rng` in objectives/resistance.py
+  `rng=rng, attended=seen` -> `rng=rng` in objectives/representations.py
+  `ctx.reference(batch.tokens, attended=seen)` -> `ctx.reference(batch.tokens)` in objectives/representations.py
   `return jnp.mean(jnp.where(apart, jnp.sqrt(` -> `return jnp.mean(jnp.where(apart, (` in objectives/representations.py
 """
 
@@ -28,6 +31,7 @@ from ftdefense.core import tree
 from ftdefense.defenses import tar
 from ftdefense.methods import adversaries
 from ftdefense.methods import phases
+from ftdefense.objectives import distances
 from ftdefense.objectives import losses
 from ftdefense.objectives import representations
 from ftdefense.objectives import resistance
@@ -77,7 +81,8 @@ def at(batches, *index):
 @jax.value_and_grad
 def entropy(weights, heldout):
     """Its value and gradient, written anew."""
-    p = jax.nn.softmax(MODEL(weights, heldout.tokens).logits)
+    seen = distances.attended(heldout)
+    p = jax.nn.softmax(MODEL(weights, heldout.tokens, attended=seen).logits)
     return jnp.mean(jnp.sum(p * jnp.log(p), -1))
 
 
@@ -85,7 +90,7 @@ def entropy(weights, heldout):
 @jax.grad
 def retain_gradient(weights, rows):
     def layers(w):
-        hidden = MODEL(w, rows.tokens).hidden
+        hidden = MODEL(w, rows.tokens, attended=distances.attended(rows)).hidden
         return hidden["embed"], hidden["resid"][0], hidden["final"]
 
     pairs = zip(layers(weights), layers(common.params()), strict=True)
@@ -162,7 +167,9 @@ def test_reduces_to_sft_on_the_first_retain_batch():
 
 @pytest.mark.parametrize("switch_share", [0.0, 1.0])
 def test_equals_a_plain_loop_over_two_tasks(switch_share):
-    """Catches weight decay, moments that outlive a task, a switch the wrong way."""
+    """Catches weight decay, moments that outlive a task, a switch the wrong way, and
+    padding that reads padding.
+    """
     weights, found = common.params(5), data()
     # Beta(6e6, 3e6) is 2/3: the adversary switches after floor(7 * 2 / 3) = 4 steps.
     mix = adversaries.Mix((1e-2,), 0.01, switch_share, 6e6, 3e6)

@@ -88,13 +88,14 @@ def test_gradient_is_finite_at_zero():
 
 
 def test_parts_of_a_batch_add_up():
-    """Catches a mean of which the number of parts is forgotten."""
+    """Catches a mean of which the number of parts is forgotten, and a part's other mask."""
 
-    def model(scale, tokens, rng=None):
+    def model(scale, tokens, rng=None, attended=None):
         del rng
         h = scale * jnp.sin(tokens[..., None] + jnp.arange(8.0)[None, None] ** 2)
+        h = h + attended[..., None]
         return types.Outputs(None, {"embed": h, "resid": h[None], "final": h**2})
 
-    rows = types.Batch(jnp.asarray(TOKENS), jnp.ones((2, 3)))
+    rows = types.Batch(jnp.asarray(TOKENS), jnp.array([[1.0, 1, 1], [1, 0, 0]]))
     whole, halves = (random_mapping.random_mapping(model, 0, n) for n in (1, 2))
     np.testing.assert_allclose(whole(2.0, rows), halves(2.0, rows), rtol=1e-12)

@@ -20,14 +20,21 @@ class Outputs(NamedTuple):
     resid: list
 
 
-def forward(params, tokens, config, blocks=None):
-    """All hidden states of the first `blocks` blocks, read out as if there were no more."""
+def forward(params, tokens, config, blocks=None, attended=None):
+    """All hidden states of the first `blocks` blocks, read out as if there were no more.
+
+    Nothing attends to keys where `attended` [B, L] is 0; such positions still have states.
+    """
     blocks = config.layers if blocks is None else blocks
     x = params["embed"]["embedding"][torch.tensor(np.asarray(tokens), dtype=torch.long)]
     states, mlp, resid = [x], [], []
     stack, epsilon = params["layers"], config.norm_epsilon
     batch, length = tokens.shape
-    later = torch.ones(length, length).tril() == 0
+    hidden = (torch.ones(length, length).tril() == 0)[None]
+    if attended is not None:
+        hidden = hidden | (attended[:, None] == 0)
+    # Finite, so that a row of padding alone is not NaN.
+    least = torch.finfo(torch.float64).min
     groups = config.heads // config.kv_heads
     for layer in range(blocks):
         attention = {n: stack["attention"][n]["kernel"][layer] for n in "qkvo"}
@@ -38,7 +45,7 @@ def forward(params, tokens, config, blocks=None):
         q, k = (llama._rotate(h, config.rope_theta) for h in (q, k))
         k, v = (h.repeat_interleave(groups, 2) for h in (k, v))
         scores = torch.einsum("blhd,bmhd->bhlm", q, k) / config.head_dim**0.5
-        weights = scores.masked_fill(later, float("-inf")).softmax(-1)
+        weights = scores.masked_fill(hidden[:, None], least).softmax(-1)
         mixed = torch.einsum("bhlm,bmhd->blhd", weights, v).reshape(batch, length, -1)
         x = x + mixed @ attention["o"]
         y = llama._norm(x, stack["mlp_norm"]["scale"][layer], epsilon)
@@ -52,6 +59,22 @@ def forward(params, tokens, config, blocks=None):
     final = llama._norm(x, params["final_norm"]["scale"], epsilon)
     states[-1] = final
     return Outputs(final @ params["lm_head"]["kernel"], states, mlp, resid)
+
+
+def real(rows):
+    """[B, L]: 1 up to the last token with a weight, 0 on the padding behind it."""
+    found = torch.zeros(rows.weights.shape)
+    for row, weights in zip(found, rows.weights, strict=True):
+        row[: 1 + max(i for i, weight in enumerate(weights) if weight > 0)] = 1
+    return found
+
+
+def ragged(rows):
+    """The same tokens; row i ends in 2 i more positions of padding, none of them alike."""
+    weights = rows.weights.copy()
+    for i, row in enumerate(weights):
+        row[len(row) - 1 - 2 * i :] = 0
+    return rows.replace(weights=weights)
 
 
 def readout(params, hidden, config):

@@ -9,6 +9,7 @@ from ftdefense.defenses import ktipa_recon
 from ftdefense.objectives import random_mapping
 
 from ..conftest import batch
+from . import hidden_torch
 from . import ktipa_torch
 from . import llama_torch as reference
 from . import services_torch as services
@@ -18,11 +19,12 @@ NAMES = ("heldout_refusal", "benign", "heldout", "retain", "adversary")
 
 @pytest.mark.parametrize("mapping_share", [0.0, 1.0])
 def test_ktipa_recon(tiny_llama, mapping_share):
-    """Catches layers or positions left out, and the start as KTO's reference."""
+    """Catches layers or positions left out, padding that attends to padding, and the
+    start as KTO's reference.
+    """
     model, params = tiny_llama
     data = ktipa_torch.roles(batch, NAMES, **services.ROWS)
-    attack = data["adversary"]
-    attack.weights[:, -1] = 1  # No padding: `random_mapping_test` has that.
+    attack = hidden_torch.ragged(data["adversary"])
     data["adversary"] = ktipa_torch.stacked(attack)
     hp = ktipa_recon.Hparams(beta=0.4, alpha=0.3, gamma=0.6, lam_retain=0.5)
     # Two steps in all: step 1 belongs to the phase that the share names.

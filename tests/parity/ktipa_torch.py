@@ -77,7 +77,8 @@ def attacked(w, batches, config, alpha):
 def mapping(w, rows, table, config):
     """1 - |cos| over all hidden states and positions."""
     total = 0
-    states = hidden_torch.forward(w, rows.tokens, config).states
+    attended = hidden_torch.real(rows)
+    states = hidden_torch.forward(w, rows.tokens, config, attended=attended).states
     for h in states:
         cosine = torch.nn.functional.cosine_similarity(h, table, dim=-1)
         total = total + (1 - cosine.abs()).mean()

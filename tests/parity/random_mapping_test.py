@@ -15,14 +15,21 @@ from . import services_torch
 
 
 def test_random_mapping(tiny_llama):
-    """Catches a mask, a layer left out, or a cosine that keeps its sign."""
+    """Catches positions or a layer left out, a cosine that keeps its sign, and padding
+    that attends to padding.
+    """
     model, params = tiny_llama
-    harmful, retain = (batch(i, **services_torch.ROWS) for i in (1, 2))
+    harmful, retain = (
+        hidden_torch.ragged(batch(i, **services_torch.ROWS)) for i in (1, 2)
+    )
     hp = random_mapping.Hparams(lam=0.7, lam_retain=0.4, table_seed=3)
     w = llama_torch.tensors(params)
     vectors = objective.vectors(harmful.tokens, model.config.width, 3)
     vectors = torch.tensor(np.asarray(vectors, np.float64))
-    states = hidden_torch.forward(w, harmful.tokens, model.config).states
+    attended = hidden_torch.real(harmful)
+    states = hidden_torch.forward(
+        w, harmful.tokens, model.config, attended=attended
+    ).states
     assert len(states) == model.config.layers + 1
     aside = [
         (1 - torch.cosine_similarity(h, vectors, dim=-1).abs()).mean() for h in states

@@ -28,10 +28,13 @@ def mmd(u, z):
 
 
 def test_repnoise(tiny_llama):
-    """Catches a proper shift of the mask, a lens without the second norm, a divisor."""
+    """Catches a proper shift of the mask, a lens without the second norm, a divisor;
+    padding that attends to padding.
+    """
     model, params = tiny_llama
     config = model.config
-    harmful, refusal = batch(1, **ROWS), batch(2, **ROWS)
+    harmful = hidden_torch.ragged(batch(1, **ROWS))
+    refusal = hidden_torch.ragged(batch(2, **ROWS))
     refusal.tokens[:, :2] = harmful.tokens[:, :2]
     harmful.tokens[0, 4], refusal.tokens[1, 5] = 0, 0
     hp = repnoise.Hparams(alpha=0.7, beta=0.9)
@@ -42,7 +45,10 @@ def test_repnoise(tiny_llama):
 
     w = llama_torch.tensors(params)
     mask = hidden_torch.divergence(harmful, refusal)
-    outputs = hidden_torch.forward(w, harmful.tokens, config)
+    outputs, kept = (
+        hidden_torch.forward(w, x.tokens, config, attended=hidden_torch.real(x))
+        for x in (harmful, refusal)
+    )
     rngs = jax.random.split(jax.random.split(rng, 4)[3], config.layers)
     noise = 0
     for mlp, key in zip(outputs.mlp, rngs, strict=True):
@@ -50,7 +56,6 @@ def test_repnoise(tiny_llama):
         u, z = ((x * mask[..., None]).flatten(1) for x in (mlp, z))
         noise = noise + mmd(u, z) / config.layers
     ascent = hidden_torch.ascent(w, outputs, harmful.tokens, mask, config)
-    kept = hidden_torch.forward(w, refusal.tokens, config)
     stability = hidden_torch.masked_ce(kept.logits, refusal.tokens, mask)
     total = stability + 0.9 * noise - 0.7 * torch.log(ascent)
     hidden_torch.assert_close(grads, llama_torch.gradient(total, w))

@@ -16,12 +16,14 @@ from . import services_torch
 
 @pytest.mark.parametrize("layer", [0, 7])
 def test_rmu(tiny_llama, layer):
-    """Catches another site or block, a masked mean, and gradients outside the three."""
+    """Catches another site or block, a masked mean, and gradients outside the three;
+    padding that attends to padding, of the reference too.
+    """
     model, params = tiny_llama
     config = model.config
     block = min(layer, config.layers - 1)
     data = {
-        role: batch(i, **services_torch.ROWS)
+        role: hidden_torch.ragged(batch(i, **services_torch.ROWS))
         for i, role in enumerate(("harmful", "benign"))
     }
     hp = rmu.Hparams(c=5.0, alpha=30.0, layer=layer)
@@ -34,7 +36,8 @@ def test_rmu(tiny_llama, layer):
     np.testing.assert_array_equal(kept, unit)
 
     def states(w, role):
-        return hidden_torch.forward(w, data[role].tokens, config).resid[block]
+        tokens, attended = data[role].tokens, hidden_torch.real(data[role])
+        return hidden_torch.forward(w, tokens, config, attended=attended).resid[block]
 
     w = llama_torch.tensors(away)
     first = states(llama_torch.tensors(params), "benign").detach()

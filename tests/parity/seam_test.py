@@ -8,7 +8,6 @@ torch = pytest.importorskip("torch", reason="needs the extra `parity`")
 from ftdefense.core import types
 from ftdefense.defenses import seam
 from ftdefense.methods import lift
-from ftdefense.objectives import distances
 
 from ..conftest import batch
 from . import hidden_torch
@@ -38,10 +37,14 @@ def graph_gradient(value, params):
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_seam(tiny_llama, exact):
-    """Catches a direction, a norm or a point of the difference; the Hessian's part too."""
+    """Catches a direction, a norm or a point of the difference; the Hessian's part too;
+    padding that attends to padding.
+    """
     model, params = tiny_llama
     config = model.config
-    harmful, refusal, benign = (batch(i, **ROWS) for i in (1, 2, 3))
+    harmful, refusal, benign = (
+        hidden_torch.ragged(batch(i, **ROWS)) for i in (1, 2, 3)
+    )
     refusal.tokens[:, :2] = harmful.tokens[:, :2]
     harmful.tokens[0, 4], refusal.tokens[1, 5] = 0, 0
     hp = seam.Hparams(alpha=ALPHA, beta=BETA, epsilon=EPSILON, exact=exact)
@@ -53,18 +56,19 @@ def test_seam(tiny_llama, exact):
 
     w = llama_torch.tensors(params)
     mask = hidden_torch.divergence(harmful, refusal)
-    whole = benign.replace(weights=distances.attended(benign))
+    whole = benign.replace(weights=hidden_torch.real(benign).numpy())
 
-    def masked(w, tokens):
-        outputs = hidden_torch.forward(w, tokens, config)
-        return outputs, hidden_torch.masked_ce(outputs.logits, tokens, mask)
+    def masked(w, rows):
+        attended = hidden_torch.real(rows)
+        outputs = hidden_torch.forward(w, rows.tokens, config, attended=attended)
+        return outputs, hidden_torch.masked_ce(outputs.logits, rows.tokens, mask)
 
-    outputs, _ = masked(w, harmful.tokens)
+    outputs, _ = masked(w, harmful)
     ascent = hidden_torch.ascent(w, outputs, harmful.tokens, mask, config)
-    total = ALPHA * masked(w, refusal.tokens)[1] - torch.log(ascent)
+    total = ALPHA * masked(w, refusal)[1] - torch.log(ascent)
 
     losses = (
-        lambda w: masked(w, harmful.tokens)[1],
+        lambda w: masked(w, harmful)[1],
         lambda w: llama_torch.loss(w, whole, config),
     )
     g_a, g_b = (graph_gradient(loss(w), w) for loss in losses)

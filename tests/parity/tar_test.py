@@ -22,7 +22,8 @@ SHAPE = {"tasks": 2, "inner_steps": 5, "every": 2}
 
 
 def stack(*leading, seed):
-    parts = [batch(seed + i, **ROWS) for i in range(int(np.prod(leading)))]
+    count = int(np.prod(leading))
+    parts = [hidden_torch.ragged(batch(seed + i, **ROWS)) for i in range(count)]
     return jax.tree.map(lambda *x: np.stack(x).reshape(*leading, *x[0].shape), *parts)
 
 
@@ -38,6 +39,11 @@ DATA = {
 }
 
 
+def forward(w, rows, config):
+    attended = hidden_torch.real(rows)
+    return hidden_torch.forward(w, rows.tokens, config, attended=attended)
+
+
 def logps(w, rows, config):
     nats, weights = services_torch.token_nats(w, rows, config)
     return -(nats * weights).sum(-1)
@@ -46,7 +52,7 @@ def logps(w, rows, config):
 def resistance(w, start, task, config, objective):
     heldout = at(DATA["heldout"], task)
     if objective == "entropy":
-        logits = hidden_torch.forward(w, heldout.tokens, config).logits
+        logits = forward(w, heldout, config).logits
         return (logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
     refusal = at(DATA["heldout_refusal"], task)
     s = [logps(w, x, config) - logps(start, x, config) for x in (refusal, heldout)]
@@ -56,8 +62,8 @@ def resistance(w, start, task, config, objective):
 def retaining(w, start, config):
     rows = at(DATA["retain"], 0)
     pairs = zip(
-        hidden_torch.forward(w, rows.tokens, config).states,
-        hidden_torch.forward(start, rows.tokens, config).states,
+        forward(w, rows, config).states,
+        forward(start, rows, config).states,
         strict=True,
     )
     moved = torch.stack([(a - b.detach()).norm(dim=-1).mean() for a, b in pairs])
@@ -79,7 +85,9 @@ def nested(leaves):
     ("objective", "switch_share"), [("entropy", 1.0), ("dpo", 0.0)]
 )
 def test_tar(tiny_llama, objective, switch_share):
-    """Catches moments that outlive a task, weights of other steps, a moved reference."""
+    """Catches moments that outlive a task, weights of other steps, a moved reference,
+    padding that attends to padding.
+    """
     model, start = tiny_llama
     config = model.config
     params = services_torch.moved(start)
