@@ -13,6 +13,8 @@ from ftdefense.models import toy
 from ftdefense.models import transformer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Programs here run once on almost nothing: most of a test's time is compilation.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 def batch(seed: int, rows: int = 4, length: int = 6, vocab: int = 11) -> types.Batch:

@@ -19,6 +19,7 @@ from ftdefense.models import sharding, transformer
 from ftdefense.training import loop
 
 jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_disable_most_optimizations", True)
 assert len(jax.devices()) == 8
 model = transformer.LanguageModel(
     transformer.ModelConfig(
