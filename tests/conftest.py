@@ -27,6 +27,13 @@ def batch(seed: int, rows: int = 4, length: int = 6, vocab: int = 11) -> types.B
     return types.Batch(tokens, weights)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Compiled programs of a finished module would fill gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def make_batch():
     return batch

@@ -31,9 +31,11 @@ place = sharding.Placement(sharding.mesh(fsdp=4, tensor=2))
 wide = lambda seed: jax.tree.map(
     lambda x: x.astype(jnp.float64), model.init(jax.random.key(seed))
 )
-params, first = wide(0), wide(1)
-params = tree.add_scale(first, 0.1, params)
-lineage = types.Lineage(params, params, first)
+first = wide(1)
+aligned = tree.add_scale(first, 0.1, wide(0))
+params = tree.add_scale(aligned, 0.1, wide(2))
+lineage = types.Lineage(params, aligned, first)
+FEW = {"block_steps": 1, "attack_steps": 2, "defend_steps": 2}
 
 def batch(key, leading):
     shape = (1, *leading, 8, 10)
@@ -49,6 +51,7 @@ for name in sys.argv[1:]:
         constant = schedules.Schedule()
         changes = {"kind": "sgd", "schedule": constant, "learning_rate": 1.0}
         hp = hp.replace(optimizer=hp.optimizer.replace(**changes))
+    hp = hp.replace(**{k: v for k, v in FEW.items() if hasattr(hp, k)})
     roles = method.streams(hp)
     keys = jax.random.split(jax.random.key(2), len(roles) + 1)
     batches = {role: batch(k, lead) for (role, lead), k in zip(roles.items(), keys)}
