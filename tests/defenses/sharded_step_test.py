@@ -35,7 +35,8 @@ first = wide(1)
 aligned = tree.add_scale(first, 0.1, wide(0))
 params = tree.add_scale(aligned, 0.1, wide(2))
 lineage = types.Lineage(params, aligned, first)
-FEW = {"block_steps": 1, "attack_steps": 2, "defend_steps": 2}
+# Few inner steps; and CLAMP divides differences by the length of its probe.
+FEW = {"block_steps": 1, "attack_steps": 2, "defend_steps": 2, "probe": 0.1}
 
 def batch(key, leading):
     shape = (1, *leading, 8, 10)
