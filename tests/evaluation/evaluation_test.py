@@ -133,12 +133,9 @@ def test_success_is_monotone_in_epsilon():
 
 def test_flags_name_their_reasons():
     """Catches a flag without a reason, and each planted failure that goes unseen."""
-    before = row(
-        0.3, 0.5, seed=0, stage="before", defense="d", attack="", over_refusal=0.2
-    )
-    fine = row(
-        0.0, 1.0, seed=0, stage="before", defense="none", attack="", over_refusal=0.0
-    )
+    first = {"seed": 0, "stage": "before", "attack": ""}
+    before = row(0.3, 0.5, **first, defense="d", over_refusal=0.2, degenerate=0.2)
+    fine = row(0.0, 1.0, **first, defense="none", over_refusal=0.0, degenerate=0.0)
     held = {
         "seed": 0,
         "stage": "after",
@@ -150,7 +147,8 @@ def test_flags_name_their_reasons():
         "harmful_score_high": 0.1,
     }
     rows = [before, fine, held | {"defense": "none"}, held | {"defense": "d"}]
-    assert set(checks.flags(rows, before)) == {"leaks", "dull", "over-refuses"}
+    wanted = {"leaks", "dull", "garbled", "over-refuses"}
+    assert set(checks.flags(rows, before)) == wanted
     assert checks.flags(rows, fine) == []
     found = set(checks.flags(rows, rows[3]))
     assert found == {"reference-holds", "collapses"}
