@@ -21,6 +21,7 @@ from ftdefense.reporting import tables
 from ftdefense.training import checkpoint
 from ftdefense.training import together
 
+FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(settings)
 
 RATES = (3e-5, 5e-5, 1e-4, 1.5e-4, 2e-4, 3e-4, 5e-4)
@@ -38,6 +39,8 @@ def main() -> None:
     bench = settings.bench()
     evaluate = suite.Evaluator(bench.model, bench.world)
     seed = settings.seeds()[0]
+    resolved = {"acceptance": FLAGS.world_seed, "seed": seed, "set": FLAGS.set}
+    settings.claim(settings.workdir(), resolved | {"data": bench.world.hashes()})
     before, after = {}, {}
     for control in ("none", "never"):
         (defense,) = settings.chosen(bench, "defenses", [control])

@@ -97,12 +97,22 @@ def _parse(config: Any, name: str, current: Any, text: str, assignment: str) -> 
     if float in expected and isinstance(value, str):
         value = {"inf": float("inf")}.get(value, value)
     if type(value) not in expected:
-        wanted = " or ".join(sorted(t.__name__ for t in expected))
+        wanted = " or ".join(sorted(map(_worded, expected)))
         raise errors.UserError(
-            f"--set {assignment}: {name} is a {wanted}, "
-            f"but {text!r} is a {type(value).__name__}."
+            f"--set {assignment}: {name} is {wanted}, "
+            f"but {text!r} is {_worded(type(value))}."
         )
     return value
+
+
+def _worded(kind: type) -> str:
+    words = {
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+    }
+    return words.get(kind, f"a {kind.__name__}")
 
 
 def _expected_types(config: Any, name: str, current: Any) -> set[type]:

@@ -42,8 +42,8 @@ def test_override_chooses_an_adapter_by_name():
         ("optimizer.b3=1", "'b1'"),
         ("optimizer=1", "set one of optimizer.learning_rate"),
         ("adapter=lara", "'lora'"),
-        ("alpha=true", "alpha is a float"),
-        ("microbatches=2.0", "microbatches is a int"),
+        ("alpha=true", "alpha is a number"),
+        ("microbatches=2.0", "microbatches is a whole number"),
         ("alpha.x=2", "has no fields"),
     ],
 )
