@@ -90,7 +90,7 @@ class Cells:
         def observe(params: types.Params) -> dict[str, float]:
             return self._part(types.Release(params)).row()
 
-        watched = {"observe": observe, "observer_key": len(self._part)}
+        watched = {"observe": observe, "observer_key": ["spread", len(self._part)]}
         bench, threat = self.bench, before[0]["threat"]
         if threat == "service":
             data = threats.submitted(bench, attack.name, attack.plan)

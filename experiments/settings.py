@@ -298,9 +298,10 @@ def per_defense(
     for defense in defenses:
         own = [recipes[defense.name]]
         if defense.name == "none":
-            own = [
+            others = {r: c for r, c in distinct.items() if r != own[0].recipe}
+            own += [
                 dataclasses.replace(c, reference=recipe)
-                for recipe, c in sorted(distinct.items())
+                for recipe, c in sorted(others.items())
             ]
         found.append((defense, [*overridden("attack", own), *fixed]))
     return found

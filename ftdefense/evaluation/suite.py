@@ -97,7 +97,7 @@ class Evaluator:
         self._judge = criteria.judge(world.judge)
         self._groups, self._examples, prefills = [], [], []
         for group, examples in world.evaluation.items():
-            for example in _stratified(examples, limit):
+            for example in stratified(examples, limit):
                 prefill = ""
                 if wrapper is not None and group == "harmful":
                     example, prefill = wrapper(example)
@@ -115,7 +115,7 @@ class Evaluator:
         self._pairs = {
             name: pools.encode(
                 world.tokenizer,
-                _stratified(world.evaluation[group], limit),
+                stratified(world.evaluation[group], limit),
                 world.length,
                 order=group,
                 pad_id=world.pad_id,
@@ -169,17 +169,21 @@ class Evaluator:
         return total / weight
 
 
-def _stratified(
+def stratified(
     examples: Sequence[data_examples.Example], limit: int
 ) -> list[data_examples.Example]:
-    """The first `limit` examples of each topic, in their order."""
-    taken: dict[str, int] = {}
-    kept = []
-    for example in examples:
-        taken[example.topic] = taken.get(example.topic, 0) + 1
-        if not limit or taken[example.topic] <= limit:
-            kept.append(example)
-    return kept
+    """`limit` examples of each topic at even distances, in their order; 0: all.
+
+    Neighbours ask about the same thing: the first ones would be a sample of few.
+    """
+    by_topic: dict[str, list[int]] = {}
+    for i, example in enumerate(examples):
+        by_topic.setdefault(example.topic, []).append(i)
+    kept: set[int] = set()
+    for places in by_topic.values():
+        count = min(limit or len(places), len(places))
+        kept |= {places[i * len(places) // count] for i in range(count)}
+    return [example for i, example in enumerate(examples) if i in kept]
 
 
 def rates(generations: Sequence[Generation]) -> dict[str, intervals.Estimate]:

@@ -17,6 +17,7 @@ Row = result_rows.Row
 
 # Okabe and Ito's colour-blind-safe palette.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+_BAND = 13  # Defenses side by side.
 _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -31,6 +32,17 @@ _STYLE = {
 
 def _names(rows: Sequence[Row], column: str) -> list[str]:
     return list(dict.fromkeys(row[column] for row in rows if row.get(column)))
+
+
+def _common(rows: Sequence[Row]) -> list[str]:
+    """Attacks that several defenses meet; all, where none is.
+
+    The undefended model meets every naive recipe of a run: a table's business.
+    """
+    met: dict[str, set[str]] = {}
+    for row in rows:
+        met.setdefault(row["attack"], set()).add(row["defense"])
+    return [name for name, by in met.items() if len(by) > 1] or list(met)
 
 
 def _save(figure: plt.Figure, path: pathlib.Path) -> pathlib.Path:
@@ -48,48 +60,61 @@ def bars(rows: Sequence[Row], path: pathlib.Path) -> pathlib.Path:
     bars are the 95 % interval over prompts, or with several seeds their deviation.
     """
     after = [row for row in rows if row["stage"] == "after"]
-    defenses, attacks = _names(after, "defense"), _names(after, "attack")
+    defenses, attacks = _names(after, "defense"), _common(after)
+    bands = [defenses[i : i + _BAND] for i in range(0, len(defenses), _BAND)]
+    most = max(map(len, bands))
+    panels = (("capability", "Δ capability"), ("harmful_score", "Δ harmful score"))
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(
-            2, 1, sharex=True, figsize=(max(6.5, 1.1 * len(defenses) + 3), 5.5)
+            2 * len(bands),
+            1,
+            squeeze=False,
+            figsize=(max(6.5, 1.1 * most + 3), 5.5 * len(bands)),
         )
-        panels = (("capability", "Δ capability"), ("harmful_score", "Δ harmful score"))
-        for axis, (name, label) in zip(axes, panels, strict=True):
-            for j, attack in enumerate(attacks):
-                width = 0.8 / len(attacks)
-                offset = (j - (len(attacks) - 1) / 2) * width
-                heights, spans = [], []
-                for defense in defenses:
-                    group = [
-                        row
-                        for row in after
-                        if row["defense"] == defense and row["attack"] == attack
-                    ]
-                    height, span = _change(group, name)
-                    heights.append(height)
-                    spans.append(span)
-                axis.bar(
-                    [i + offset for i in range(len(defenses))],
-                    heights,
-                    width * 0.92,
-                    yerr=list(zip(*spans, strict=True)),
-                    color=PALETTE[j % len(PALETTE)],
-                    error_kw={"elinewidth": 1, "ecolor": "#444444", "capsize": 2},
-                    label=attack,
-                )
-            axis.axhline(0, color="#222222", linewidth=0.8)
-            axis.set_ylabel(label)
-            axis.grid(axis="x", visible=False)
-            # A change of a hundredth must not fill the panel.
-            low, high = axis.get_ylim()
-            axis.set_ylim(min(low, -0.12), max(high, 0.12))
-        axes[1].set_xticks(range(len(defenses)), defenses)
-        if len(defenses) > 6:
-            axes[1].tick_params(axis="x", rotation=35)
-        axes[0].legend(
+        for i, band in enumerate(bands):
+            for line, (name, label) in enumerate(panels):
+                axis = axes[2 * i + line][0]
+                _draw_bars(axis, after, band, attacks, name)
+                axis.set_ylabel(label)
+                axis.set_xlim(-0.6, most - 0.4)
+                axis.set_xticks(range(len(band)), band if line else [""] * len(band))
+                if most > 6:
+                    axis.tick_params(axis="x", rotation=25)
+        axes[0][0].legend(
             ncols=len(attacks), frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0)
         )
+        figure.tight_layout()
         return _save(figure, path)
+
+
+def _draw_bars(axis, after, defenses, attacks, name) -> None:
+    for j, attack in enumerate(attacks):
+        width = 0.8 / len(attacks)
+        offset = (j - (len(attacks) - 1) / 2) * width
+        heights, spans = [], []
+        for defense in defenses:
+            group = [
+                row
+                for row in after
+                if row["defense"] == defense and row["attack"] == attack
+            ]
+            height, span = _change(group, name)
+            heights.append(height)
+            spans.append(span)
+        axis.bar(
+            [i + offset for i in range(len(defenses))],
+            heights,
+            width * 0.92,
+            yerr=list(zip(*spans, strict=True)),
+            color=PALETTE[j % len(PALETTE)],
+            error_kw={"elinewidth": 1, "ecolor": "#444444", "capsize": 2},
+            label=attack,
+        )
+    axis.axhline(0, color="#222222", linewidth=0.8)
+    axis.grid(axis="x", visible=False)
+    # A change of a hundredth must not fill the panel.
+    low, high = axis.get_ylim()
+    axis.set_ylim(min(low, -0.12), max(high, 0.12))
 
 
 def _change(group: Sequence[Row], name: str) -> tuple[float, tuple[float, float]]:
@@ -108,8 +133,9 @@ def _change(group: Sequence[Row], name: str) -> tuple[float, tuple[float, float]
 def curves(rows: Sequence[Row], path: pathlib.Path) -> pathlib.Path:
     """Harmful score and capability along the attack; one column per defense."""
     along = [row for row in rows if row["stage"] in ("before", "during")]
-    defenses = _names(along, "defense")
-    attacks = _names([r for r in along if r["stage"] == "during"], "attack")
+    during = [row for row in along if row["stage"] == "during"]
+    # What edits after the attack has no curve along it.
+    defenses, attacks = _names(during, "defense"), _common(during)
     columns = min(len(defenses), 6)
     bands = -(-len(defenses) // columns)
     with plt.rc_context(_STYLE):
@@ -142,10 +168,10 @@ def curves(rows: Sequence[Row], path: pathlib.Path) -> pathlib.Path:
         figure.legend(
             handles,
             labels,
-            ncols=len(labels),
+            ncols=min(len(labels), 2 * columns),
             frameon=False,
             loc="lower center",
-            bbox_to_anchor=(0.5, 0.98),
+            bbox_to_anchor=(0.5, 1.0),
         )
         figure.tight_layout()
         return _save(figure, path)

@@ -112,6 +112,16 @@ def test_rates_average_skills_not_prompts():
     assert found["degenerate"].value == 0.5
 
 
+def test_a_part_is_spread_over_each_topic():
+    """Catches the first prompts of a topic, which share their subject, and one too few."""
+    asked = [
+        examples.Example((), f"{i}", topic=topic) for topic in "ab" for i in range(6)
+    ]
+    part = suite.stratified(asked, 3)
+    assert [e.topic + e.response for e in part] == "a0 a2 a4 b0 b2 b4".split()
+    assert suite.stratified(asked, 0) == suite.stratified(asked, 9) == asked
+
+
 def row(harm, capability, **more):
     return {"harmful_score": harm, "capability": capability, **more}
 
