@@ -35,8 +35,9 @@ first = wide(1)
 aligned = tree.add_scale(first, 0.1, wide(0))
 params = tree.add_scale(aligned, 0.1, wide(2))
 lineage = types.Lineage(params, aligned, first)
-# Few inner steps; and CLAMP divides differences by the length of its probe.
-FEW = {"block_steps": 1, "attack_steps": 2, "defend_steps": 2, "probe": 0.1}
+FEW = {"block_steps": 1, "attack_steps": 2, "defend_steps": 2}
+# The model computes in float32, whose rounding CLAMP differentiates through its steps.
+LIMITS = {"clamp": 3e-5}
 
 def batch(key, leading):
     shape = (1, *leading, 8, 10)
@@ -69,7 +70,7 @@ for name in sys.argv[1:]:
     alone, spread = ends
     moved = tree.norm(tree.add_scale(alone, -1.0, params))
     apart = tree.norm(tree.add_scale(jax.device_get(spread), -1.0, alone))
-    assert moved > 0 and apart <= 1e-5, (name, float(apart), float(moved))
+    assert moved > 0 and apart <= LIMITS.get(name, 1e-5), (name, float(apart), float(moved))
     print(name)
 """
 
