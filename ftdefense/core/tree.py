@@ -9,13 +9,14 @@ import jax.numpy as jnp
 NORM_EPSILON = 1e-7
 
 
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+def wide(x: Any) -> Any:
+    """Every leaf in float32, or as it is if it is wider: steps of 1e-5 are lost below."""
+    return jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32)), x)
 
 
 def dot(x: Any, y: Any) -> jax.Array:
     """Inner product over all leaves, accumulated in float32 or wider."""
-    products = jax.tree.map(lambda a, b: jnp.vdot(_wide(a), _wide(b)), x, y)
+    products = jax.tree.map(lambda a, b: jnp.vdot(wide(a), wide(b)), x, y)
     return jax.tree.reduce(jnp.add, products)
 
 
@@ -23,7 +24,7 @@ def norm(x: Any) -> jax.Array:
     """L2 norm over all leaves together: of global arrays, also when sharded."""
     return jnp.sqrt(
         jax.tree.reduce(
-            jnp.add, jax.tree.map(lambda a: jnp.sum(jnp.square(_wide(a))), x)
+            jnp.add, jax.tree.map(lambda a: jnp.sum(jnp.square(wide(a))), x)
         )
     )
 
@@ -31,14 +32,12 @@ def norm(x: Any) -> jax.Array:
 def normalize(x: Any) -> Any:
     """`x / (norm(x) + 1e-7)` in float32 or wider: length one, or zero if `x` is."""
     scale = 1.0 / (norm(x) + NORM_EPSILON)
-    return jax.tree.map(lambda a: _wide(a) * scale, x)
+    return jax.tree.map(lambda a: wide(a) * scale, x)
 
 
 def add_scale(x: Any, scale: Any, y: Any) -> Any:
     """`x + scale * y` leafwise, rounded once, to the dtype of `x`."""
-    return jax.tree.map(
-        lambda a, b: (_wide(a) + scale * _wide(b)).astype(a.dtype), x, y
-    )
+    return jax.tree.map(lambda a, b: (wide(a) + scale * wide(b)).astype(a.dtype), x, y)
 
 
 def cosine(x: Any, y: Any) -> jax.Array:

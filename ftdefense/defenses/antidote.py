@@ -44,6 +44,7 @@ from ftdefense.methods import lift
 from ftdefense.methods import optimizers
 from ftdefense.methods import patches
 from ftdefense.methods import plans
+from ftdefense.objectives import distances
 from ftdefense.objectives import divergences
 from ftdefense.objectives import losses
 from ftdefense.objectives import parts
@@ -204,7 +205,7 @@ def retained(ctx, params, batch, rng):
         outputs = ctx.model(params, batch.tokens, rng=rng)
         start = jax.lax.stop_gradient(ctx.reference(batch.tokens))
         kl_BxL = divergences.kullback_leibler(start.logits, outputs.logits)
-        real_BxL = real(batch.weights).astype(kl_BxL.dtype)
+        real_BxL = distances.attended(batch).astype(kl_BxL.dtype)
         total, weight = losses.weighted_sums(outputs, batch)
         return total, jnp.sum(kl_BxL * real_BxL), weight, jnp.sum(real_BxL)
 
@@ -213,11 +214,6 @@ def retained(ctx, params, batch, rng):
         total / jnp.maximum(size, jnp.finfo(size.dtype).tiny)
         for total, size in zip(totals, (weight, count), strict=True)
     ]
-
-
-def real(weights_BxL: jax.Array) -> jax.Array:
-    """Whether a place holds a token: up to the last supervised one, prompt included."""
-    return jnp.cumsum(weights_BxL[:, ::-1] > 0, axis=-1)[:, ::-1] > 0
 
 
 def method(model: types.Model) -> types.Method:

@@ -72,9 +72,7 @@ def immunised(loss, params, hp: Hparams, v):
         bend = (above - 2 * value + below) / jnp.square(hp.reach)
         return tree.add_scale(weights, -hp.eta, grads), (value, bend)
 
-    start = jax.tree.map(
-        lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params
-    )
+    start = tree.wide(params)
     end, (values_K, bends_K) = jax.lax.scan(step, start, length=hp.inner_steps)
     last, grads = jax.value_and_grad(loss)(end)
     first = values_K[0] if hp.inner_steps else last

@@ -26,6 +26,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from ftdefense.core import tree
 from ftdefense.core import types
 from ftdefense.methods import adapters
 from ftdefense.methods import lift
@@ -85,7 +86,7 @@ def direction(ctx, params, batches, rng):
     at = jnp.asarray(depths.hidden_states(hp.layers, PUBLISHED, blocks))
 
     def states(outputs):
-        return distances.wide(lens.hidden_states(outputs)[at])
+        return tree.wide(lens.hidden_states(outputs)[at])
 
     benign_start = jax.lax.stop_gradient(ctx.reference(benign.tokens))
     harmful_start = jax.lax.stop_gradient(ctx.reference(harmful.tokens))

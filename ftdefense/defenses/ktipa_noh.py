@@ -39,16 +39,6 @@ class Hparams(ktipa.Adversarial):
     """Nothing besides those of the utility and of the attack."""
 
 
-def streams(hp: Hparams) -> dict[str, tuple[int, ...]]:
-    return {
-        "adversary": (max(hp.inner_steps, 1),),
-        "heldout": (),
-        "heldout_refusal": (),
-        "benign": (),
-        "retain": (),
-    }
-
-
 def direction(ctx, params, batches, rng):
     rng_retain, rng_utility = jax.random.split(rng)
     f, grad_f = jax.value_and_grad(ctx.loss)(params, batches["retain"], rng_retain)
@@ -58,7 +48,7 @@ def direction(ctx, params, batches, rng):
 
 
 def method(model: types.Model) -> types.Method:
-    return lift.gradient_method(model, direction, streams)
+    return lift.gradient_method(model, direction, ktipa.streams)
 
 
 PRESETS = {

@@ -51,16 +51,6 @@ class Hparams(ktipa.Adversarial):
     table_seed: int = 0  # Of the random vectors.
 
 
-def streams(hp: Hparams) -> dict[str, tuple[int, ...]]:
-    return {
-        "adversary": (max(hp.inner_steps, 1),),
-        "heldout": (),
-        "heldout_refusal": (),
-        "benign": (),
-        "retain": (),
-    }
-
-
 def direction(ctx, params, batches, rng, purged):
     hp = ctx.hp
     rng_retain, rng_utility, rng_mapping = jax.random.split(rng, 3)
@@ -90,7 +80,7 @@ def memory(ctx, params, rng):
 
 
 def method(model: types.Model) -> types.Method:
-    return lift.remembering_method(model, direction, streams, memory)
+    return lift.remembering_method(model, direction, ktipa.streams, memory)
 
 
 PRESETS = {

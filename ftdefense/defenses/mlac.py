@@ -31,7 +31,6 @@ import optax
 from ftdefense.core import errors
 from ftdefense.core import tree
 from ftdefense.core import types
-from ftdefense.methods import adversaries
 from ftdefense.methods import lift
 from ftdefense.methods import optimizers
 from ftdefense.methods import plans
@@ -112,7 +111,7 @@ def along_attack(ctx, params, log_rates, batches, rng):
         rng_step, rng_judge = jax.random.split(rng)
         # Kept in float32 or wider, evaluated in the precision of the model.
         grads = jax.grad(ctx.loss)(optax.tree.cast_like(theta, params), batch, rng_step)
-        moves, state = precondition.update(adversaries.wide(grads), state, theta)
+        moves, state = precondition.update(tree.wide(grads), state, theta)
         theta = jax.tree.map(
             lambda w, log_rate, move: w - jnp.exp(log_rate) * move,
             theta,
@@ -122,7 +121,7 @@ def along_attack(ctx, params, log_rates, batches, rng):
         there = optax.tree.cast_like(theta, params)
         return (theta, state), judge(ctx, there, batches["heldout"], rng_judge)
 
-    start = adversaries.wide(params)
+    start = tree.wide(params)
     xs = (batches["adversary"], jax.random.split(rng, hp.inner_steps))
     # Kept for the way back: the weights between steps, not what is inside of one.
     _, judged_K = jax.lax.scan(

@@ -24,7 +24,6 @@ Cost         2 forwards, 2 backwards a defender step, and 1, 1 an attack step. O
 
 from flax import struct
 import jax
-import jax.numpy as jnp
 import optax
 
 from ftdefense.core import tree
@@ -54,7 +53,7 @@ def streams(hp: Hparams) -> dict[str, tuple[int, ...]]:
 def attack_vector(ctx, params, batches_K, rng):
     """(phi - params in float32, metrics) after the attack's K steps from `params`."""
     hp = ctx.hp
-    start = wide(params)
+    start = tree.wide(params)
     if not hp.attack_steps:
         return optax.tree.zeros_like(start), {}
 
@@ -74,7 +73,7 @@ def direction(ctx, params, batches, rng, vector):
     batch = batches["alignment"]
     rng_clean, rng_attacked = jax.random.split(rng)
     clean, grads = jax.value_and_grad(ctx.loss)(params, batch, rng_clean)
-    attacked = tree.add_scale(wide(params), 1.0, jax.lax.stop_gradient(vector))
+    attacked = tree.add_scale(tree.wide(params), 1.0, jax.lax.stop_gradient(vector))
     after, grads_after = jax.value_and_grad(ctx.loss)(attacked, batch, rng_attacked)
     # Not a sum of two shares: where both gradients agree, it is exactly theirs.
     grads = tree.add_scale(grads, ctx.hp.alpha, optax.tree.sub(grads_after, grads))
@@ -97,13 +96,6 @@ def phase(ctx, params, batches, rng, memory):
     xs = batches["alignment"], jax.random.split(rng_defend, hp.defend_steps)
     params, metrics, _ = alternating.descend(defender, params, gradient, xs)
     return params, {**metrics, **attacked, "norm/vector": tree.norm(vector)}, memory
-
-
-def wide(params: types.Params) -> types.Params:
-    """In float32 or wider: steps of 1e-5 are lost in bfloat16."""
-    return jax.tree.map(
-        lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params
-    )
 
 
 def method(model: types.Model) -> types.Method:

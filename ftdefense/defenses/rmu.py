@@ -59,7 +59,7 @@ def streams(hp: Hparams) -> dict[str, tuple[int, ...]]:
 def states(outputs: types.Outputs, layer: int) -> jax.Array:
     """Residual stream [B, L, D] after block `layer`, or after the last one."""
     resid_NxBxLxD = outputs.hidden["resid"]
-    return distances.wide(resid_NxBxLxD[min(layer, resid_NxBxLxD.shape[0] - 1)])
+    return tree.wide(resid_NxBxLxD[min(layer, resid_NxBxLxD.shape[0] - 1)])
 
 
 def active(ctx, params, memory=None):

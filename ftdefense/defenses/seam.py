@@ -87,7 +87,7 @@ def direction(ctx, params, batches, rng):
     def use(w):
         return ctx.loss(w, benign, rng_benign)
 
-    wide = jax.tree.map(distances.wide, params)
+    wide = tree.wide(params)
     value_and_grad = jax.value_and_grad(forget_and_refuse, has_aux=True)
     (_, (refused, ascent)), grads = value_and_grad(wide)
     coupled = coupling.of_gradients(attack, use, wide, hp.epsilon, hp.exact)

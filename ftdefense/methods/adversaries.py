@@ -102,7 +102,7 @@ def gradients_along(
             (theta, state), (batch, rng) = carry, xs
             # Kept in float32 or wider, evaluated in the precision of the model.
             grads = jax.grad(loss)(optax.tree.cast_like(theta, params), batch, rng)
-            updates, state = optimizer.update(wide(grads), state, theta)
+            updates, state = optimizer.update(tree.wide(grads), state, theta)
             return (optax.apply_updates(theta, updates), state), None
 
         def block(carry, xs):
@@ -116,18 +116,11 @@ def gradients_along(
         rngs = jax.random.split(rng_steps, steps)
         xs = jax.tree.map(in_blocks, (rows, rngs, weights_K))
         xs = (*xs, jax.random.split(rng_judge, blocks))
-        start = wide(params)
+        start = tree.wide(params)
         carry = ((start, optimizer.init(start)), total)
         (_, total), values = jax.lax.scan(block, carry, xs)
         return total, jnp.sum(values)
 
-    total = jax.tree.map(jnp.zeros_like, wide(params))
+    total = jax.tree.map(jnp.zeros_like, tree.wide(params))
     total, values = jax.lax.scan(attack, total, tasks)
     return total, jnp.sum(values)
-
-
-def wide(params: types.Params) -> types.Params:
-    """`params` in float32 or wider."""
-    return jax.tree.map(
-        lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params
-    )

@@ -45,6 +45,17 @@ class Adversarial(Hparams):
     inner_steps: int = struct.field(pytree_node=False, default=1)  # K.
 
 
+def streams(hp: Adversarial) -> dict[str, tuple[int, ...]]:
+    """K batches to attack with, and one of each role that the losses read."""
+    return {
+        "adversary": (max(hp.inner_steps, 1),),
+        "heldout": (),
+        "heldout_refusal": (),
+        "benign": (),
+        "retain": (),
+    }
+
+
 class Labelled(NamedTuple):
     """Rows [M, L] and whether each is desirable [M]."""
 
@@ -136,9 +147,7 @@ def attack(
     Kept and evaluated in float32 or wider; constant.
     """
     hp = ctx.hp
-    wide = jax.tree.map(
-        lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params
-    )
+    wide = tree.wide(params)
 
     def step(weights, x):
         batch, rng = x

@@ -3,12 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from ftdefense.core import tree
 from ftdefense.core import types
-
-
-def wide(x: jax.Array) -> jax.Array:
-    """`x` in float32, or as it is if it is wider."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def attended(batch: types.Batch) -> jax.Array:
@@ -23,7 +19,7 @@ def attended(batch: types.Batch) -> jax.Array:
 
 def norm(x: jax.Array) -> jax.Array:
     """L2 norm over the last axis; its gradient at 0 is 0."""
-    square = jnp.sum(jnp.square(wide(x)), -1)
+    square = jnp.sum(jnp.square(tree.wide(x)), -1)
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
@@ -34,7 +30,7 @@ def cosine(x: jax.Array, y: jax.Array) -> jax.Array:
 
 def _unit(x: jax.Array) -> jax.Array:
     length = norm(x)[..., None]
-    return jnp.where(length > 0, wide(x), 0) / jnp.where(length > 0, length, 1)
+    return jnp.where(length > 0, tree.wide(x), 0) / jnp.where(length > 0, length, 1)
 
 
 def _square_distances(rows_BxF: jax.Array) -> jax.Array:
@@ -57,7 +53,7 @@ def mmd(
     w the mean squared distance of distinct rows over multiplier ** (kernels // 2); no
     gradient passes through w.
     """
-    rows_BxF = wide(jnp.concatenate([x_BxF, y_BxF]))
+    rows_BxF = tree.wide(jnp.concatenate([x_BxF, y_BxF]))
     square_BxB = _square_distances(rows_BxF)
     count = rows_BxF.shape[0]
     width = jax.lax.stop_gradient(jnp.sum(square_BxB)) / (count * (count - 1))
@@ -84,7 +80,7 @@ def to_noise(
     @jax.checkpoint
     def add(total, layer):
         states_BxLxD, rng = layer
-        x_BxLxD = wide(states_BxLxD)
+        x_BxLxD = tree.wide(states_BxLxD)
         z_BxLxD = jax.random.normal(rng, x_BxLxD.shape, x_BxLxD.dtype)
         x_BxF, z_BxF = (
             (rows * mask_BxLx1).reshape(rows.shape[0], -1).astype(rows.dtype)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from ftdefense.core import types
 from ftdefense.objectives import distances
+from ftdefense.objectives import lens
 from ftdefense.objectives import parts
-from ftdefense.objectives import representations
 
 _EPSILON = 1e-8  # Least length that a state is divided by, as in PyTorch's cosine.
 
@@ -37,7 +37,7 @@ def mismatch(outputs: types.Outputs, vectors_BxLxD: jax.Array) -> jax.Array:
     All hidden states count, the embeddings among them, and all positions, padding too.
     Its gradient is finite (zero) where a state is zero.
     """
-    hidden_NxBxLxD = representations.all_layers(outputs)
+    hidden_NxBxLxD = lens.hidden_states(outputs)
     wide = jnp.promote_types(hidden_NxBxLxD.dtype, jnp.float32)
     hidden_NxBxLxD = hidden_NxBxLxD.astype(wide)
     vectors_1xBxLxD = vectors_BxLxD.astype(wide)[None]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from ftdefense.core import types
 from ftdefense.objectives import distances
+from ftdefense.objectives import lens
 from ftdefense.objectives import losses
 from ftdefense.objectives import parts
 
@@ -13,21 +14,14 @@ from ftdefense.objectives import parts
 _ROUNDING = 4 * float(jnp.finfo(jnp.float32).eps)
 
 
-def all_layers(outputs: types.Outputs) -> jax.Array:
-    """[N + 1, B, L, D] in Hugging Face's order: embeddings, blocks, the last one normed."""
-    hidden = outputs.hidden
-    embed_BxLxD, final_BxLxD = hidden["embed"], hidden["final"]
-    return jnp.concatenate([embed_BxLxD[None], hidden["resid"][:-1], final_BxLxD[None]])
-
-
 def distance(outputs: types.Outputs, reference: types.Outputs) -> jax.Array:
     """Mean over layers and all positions of `||h - h_reference||`: not squared.
 
     No gradient passes through `reference`; where the two agree the gradient is zero.
     """
     wide = jnp.promote_types(outputs.hidden["final"].dtype, jnp.float32)
-    here_NxBxLxD = all_layers(outputs).astype(wide)
-    there_NxBxLxD = jax.lax.stop_gradient(all_layers(reference)).astype(wide)
+    here_NxBxLxD = lens.hidden_states(outputs).astype(wide)
+    there_NxBxLxD = jax.lax.stop_gradient(lens.hidden_states(reference)).astype(wide)
     square = jnp.sum(jnp.square(here_NxBxLxD - there_NxBxLxD), -1)
     floor = jnp.square(_ROUNDING) * jnp.sum(jnp.square(there_NxBxLxD), -1)
     apart = square > floor

@@ -11,7 +11,6 @@ Mutants:
   `write(ctx, phi, read(params, batch` -> `write(ctx, memory.phi, read(params, batch`
   `(first, rng_attack), memory.adversary` -> `(first, rng_attack), None`
   `defend, xs, memory.defender` -> `defend, xs, None`
-  `jnp.cumsum(weights_BxL[:, ::-1] > 0, axis=-1)[:, ::-1]` -> `jnp.cumsum(weights_BxL > 0, axis=-1)`
 """
 
 import functools
@@ -239,13 +238,6 @@ def test_a_patch_adds_to_the_kernels(adapter):
     expected = MODEL(whole, DATA["benign"].tokens)
     # A merge multiplies the factors in float32.
     np.testing.assert_allclose(found.logits, expected.logits, atol=1e-6)
-
-
-def test_real_tokens():
-    """Up to the last supervised one. Catches prompts or ends left out."""
-    weights = jnp.array([[0, 0, 1, 1, 0], [0, 1, 0, 1, 1], [0, 0, 0, 0, 0]])
-    wanted = [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]
-    np.testing.assert_array_equal(antidote.real(weights), np.array(wanted, bool))
 
 
 def test_errors():
