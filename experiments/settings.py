@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
+import itertools
 import json
 import pathlib
 import sys
@@ -345,4 +346,25 @@ def overridden(side: str, found: list[Chosen]) -> list[Chosen]:
             else c
             for c in found
         ]
+    return found
+
+
+def combinations(
+    plan: plans.Plan, axes: Sequence[str], flag: str
+) -> list[tuple[dict[str, str], plans.Plan]]:
+    """({field: value}, plan) for every combination of `field=value,value,...` axes."""
+    parsed = []
+    for axis in axes:
+        field, equals, values = axis.partition("=")
+        if not equals or not values:
+            raise errors.UserError(
+                f"--{flag}={axis}: expected field=value,value,..., as lam=0.3,1,3"
+            )
+        parsed.append([(field, value) for value in values.split(",")])
+    found = []
+    for combination in itertools.product(*parsed):
+        changed = plan
+        for field, value in combination:
+            changed = config.override_plan(changed, f"{field}={value}")
+        found.append((dict(combination), changed))
     return found

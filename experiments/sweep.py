@@ -7,18 +7,15 @@ The defense is trained once, at the first seed. Prints a table, and writes sweep
 sweep.csv and, for one swept field, sweep.png.
 """
 
-import itertools
 import math
 
 from absl import flags
 import settings
 
 from ftdefense.core import config
-from ftdefense.core import errors
 from ftdefense.core import types
 from ftdefense.evaluation import success
 from ftdefense.evaluation import suite
-from ftdefense.methods import plans
 from ftdefense.reporting import plots
 from ftdefense.reporting import rows as result_rows
 from ftdefense.reporting import tables
@@ -35,31 +32,12 @@ flags.DEFINE_multi_string(
 )
 
 
-def settings_of(plan: plans.Plan, swept: list[str]) -> list[tuple[dict, plans.Plan]]:
-    """({field: value}, plan) for every combination of swept values."""
-    axes = []
-    for assignment in swept:
-        field, equals, values = assignment.partition("=")
-        if not equals or not values:
-            raise errors.UserError(
-                f"--sweep={assignment}: expected field=value,value,..., as lam=0.3,1,3"
-            )
-        axes.append([(field, value) for value in values.split(",")])
-    found = []
-    for combination in itertools.product(*axes):
-        changed = plan
-        for field, value in combination:
-            changed = config.override_plan(changed, f"{field}={value}")
-        found.append((dict(combination), changed))
-    return found
-
-
 def main() -> None:
     workdir, seeds = settings.workdir(), settings.seeds()
     bench = settings.bench()
     (defense,) = settings.chosen(bench, "defenses", [FLAGS.defense])
     (attack,) = settings.chosen(bench, "attacks", [FLAGS.attack])
-    chosen = settings_of(attack.plan, FLAGS.sweep)
+    chosen = settings.combinations(attack.plan, FLAGS.sweep, "sweep")
     settings.claim(
         workdir,
         {
