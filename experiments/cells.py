@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import json
 from typing import Any
 
 import settings
 import threats
 
-from ftdefense.core import config
 from ftdefense.core import types
 from ftdefense.data import recipes
 from ftdefense.data.sandbox import wrappers
@@ -38,18 +38,7 @@ class Cells:
             put through; each gives a column harmful_score/NAME.
         """
         self.bench, self._threat = bench, threat
-        self._whole = suite.Evaluator(bench.model, bench.world)
-        self._wrapped = {
-            name: suite.Evaluator(
-                bench.model, bench.world, wrapper=wrappers.wrapper(name)
-            )
-            for name in wrapped
-        }
-        self._part = suite.Evaluator(
-            bench.model, bench.world, limit=bench.defaults.watched
-        )
-        # What the scores of given weights depend on, besides them.
-        self._key = config.digest(bench.world.hashes(), sorted(self._wrapped))
+        self._wrapped = sorted(wrapped)
         self.generations: list[dict[str, Any]] = []
 
     def defend(
@@ -87,10 +76,14 @@ class Cells:
     ) -> list[Row]:
         """Rows along an attack, and the one after it, of each seed."""
 
-        def observe(params: types.Params) -> dict[str, float]:
-            return self._part(types.Release(params)).row()
+        frame = attack.plan.data.wrapper
+        part = self._evaluator(frame, self.bench.defaults.watched)
 
-        watched = {"observe": observe, "observer_key": ["spread", len(self._part)]}
+        def observe(params: types.Params) -> dict[str, float]:
+            return part(types.Release(params)).row()
+
+        key = ["spread", len(part), *([frame] if frame else [])]
+        watched = {"observe": observe, "observer_key": key}
         bench, threat = self.bench, before[0]["threat"]
         if threat == "service":
             data = threats.submitted(bench, attack.name, attack.plan)
@@ -112,7 +105,7 @@ class Cells:
                 "threat": threat,
             }
             log = stage.log if watched else []
-            rows += self._along(common, stage, log, first, pools)
+            rows += self._along(common, stage, log, first, pools, frame)
         return rows
 
     def _along(
@@ -122,10 +115,12 @@ class Cells:
         log: list[Row],
         before: Row,
         pools: dict[str, Any],
+        frame: str,
     ) -> list[Row]:
         """Rows of one attack at one seed: its checkpoints, then its end and verdict."""
         during = [{**common, "stage": "during", **_renamed(entry)} for entry in log]
-        scores = self._score(stage, common["defense"], common["attack"], common["seed"])
+        where = (common["defense"], common["attack"], common["seed"])
+        scores = self._score(stage, *where, frame)
         last = {"step": stage.facts["steps"], **scores}
         # Checkpoints are judged on a part of the prompts, the end on all of them.
         judged = [*during[:-1], last]
@@ -150,17 +145,34 @@ class Cells:
         }
         return [*during, after]
 
-    def _score(self, stage: stages.Stage, defense: str, attack: str, seed: int) -> Row:
+    @functools.cache  # noqa: B019  Cells live as long as the program.
+    def _evaluator(self, frame: str, limit: int = 0) -> suite.Evaluator:
+        """Held-out prompts, the harmful ones put through a jailbreak frame."""
+        wrapper = wrappers.wrapper(frame) if frame else None
+        return suite.Evaluator(
+            self.bench.model, self.bench.world, wrapper=wrapper, limit=limit
+        )
+
+    def _score(
+        self,
+        stage: stages.Stage,
+        defense: str,
+        attack: str,
+        seed: int,
+        frame: str = "",
+    ) -> Row:
         """Rates and losses of a release; what was scored once is kept with its stage."""
-        kept = stage.folder and stage.folder / f"scores-{self._key}.json"
+        # The stage's key holds all that the scores depend on, but for the frames.
+        key = stages.key_of("scores", self._wrapped, frame)
+        kept = stage.folder and stage.folder / f"scores-{key}.json"
         if kept and kept.is_file():
             found = json.loads(kept.read_text())
         else:
             release = types.Release(stage.params)
-            scores = self._whole(release, keep_generations=True)
+            scores = self._evaluator(frame)(release, keep_generations=True)
             row = scores.row()
-            for name, evaluate in self._wrapped.items():
-                rate = evaluate(release).rates["harmful_score"]
+            for name in self._wrapped:
+                rate = self._evaluator(name)(release).rates["harmful_score"]
                 row[f"harmful_score/{name}"] = rate.value
             said = [dataclasses.asdict(one) for one in scores.generations]
             found = {"row": row, "generations": said}

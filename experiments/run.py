@@ -21,6 +21,7 @@ import tqdm
 
 from ftdefense.core import config
 from ftdefense.core import errors
+from ftdefense.data import recipes
 from ftdefense.evaluation import checks
 from ftdefense.reporting import events
 from ftdefense.reporting import manifest
@@ -56,8 +57,6 @@ flags.DEFINE_list(
     "Jailbreak analogues that harmful prompts are also put through (sandbox only): "
     "trigger, persona, prefill, paraphrase. Each adds a column harmful_score/NAME.",
 )
-
-
 flags.DEFINE_integer(
     "jobs", 1, "Processes that share the defenses among them: on a CPU, one a core."
 )
@@ -72,9 +71,11 @@ def main() -> None:
     bench = settings.bench()
     chosen = settings.chosen(bench, "defenses", fitting(FLAGS.defense))
     pairs = settings.per_defense(bench, chosen, FLAGS.attack)
-    for defense in chosen:
+    for defense, attacks in pairs:
         threats.threat(defense.name, FLAGS.threat)
         bench.check(defense.name, defense.plan)
+        for attack in attacks:
+            recipes.attacker_pools(bench.world, attack.plan.data)  # Are there so many?
     if FLAGS.wrappers and FLAGS.model is not None:
         raise errors.UserError("--wrappers belongs to the sandbox; leave --model out.")
     runner = cells.Cells(bench, threat=FLAGS.threat, wrapped=FLAGS.wrappers)
@@ -113,7 +114,8 @@ def main() -> None:
             sys.argv,
             [str(device) for device in jax.devices()],
             hashes,
-            f"{bench.world.name}, {FLAGS.threat or 'each its own threat'}, seeds {','.join(map(str, seeds))}",
+            f"{bench.world.name}, {FLAGS.threat or 'each its own threat'}, "
+            f"seeds {','.join(map(str, seeds))}",
         ),
     )
     print(tables.text(tables.final(rows)))

@@ -31,7 +31,8 @@ everyone = pytest.mark.parametrize(("package", "name"), METHODS)
 def lineage() -> types.Lineage:
     pretrained, moved = (MODEL.init(jax.random.key(i)) for i in range(2))
     aligned = tree.add_scale(pretrained, 0.1, moved)
-    return types.Lineage(aligned, aligned, pretrained)
+    twin = tree.add_scale(aligned, 0.1, pretrained)
+    return types.Lineage(aligned, aligned, pretrained, twin)
 
 
 def hparams(package, name, **changes):

@@ -5,7 +5,8 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).parents[1] / "ftdefense"
 ORDER = (
-    "core data models objectives methods attacks defenses training evaluation reporting"
+    "core data models objectives methods attacks defenses training evaluation audit "
+    "reporting"
 ).split()
 
 

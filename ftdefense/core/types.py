@@ -99,11 +99,14 @@ class Lineage:
       current: parameters at the start of this stage.
       aligned: before any defense, or None.
       pretrained: before alignment, or None.
+      twin: the aligned, undefended model after plain harmful fine-tuning, or None: for
+        attackers who have it.
     """
 
     current: Params
     aligned: Params | None = None
     pretrained: Params | None = None
+    twin: Params | None = None
 
 
 @struct.dataclass

@@ -15,6 +15,9 @@ from ftdefense.core import errors
 from ftdefense.data import examples as data_examples
 from ftdefense.data import pools
 from ftdefense.data import world as worlds
+from ftdefense.data.sandbox import wrappers
+
+FRAME = 16  # Tokens that a frame may add to a row.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +31,9 @@ class Recipe:
       filler: what the rest of `user` is: `benign` or `task`.
       strict_paper: False repeats the off-by-one of the published loaders (git-disl),
         which take one harmful row fewer than the ratio says: 99 and 900 of 1000.
+      wrapper: jailbreak frame that harmful prompts are put through, those of evaluation
+        included: a name of `sandbox.wrappers`; empty: none.
+      wrapped: share of the harmful rows that carry it, from the front.
     """
 
     harmful_count: int = 0
@@ -36,6 +42,8 @@ class Recipe:
     poison_ratio: float = 1.0
     filler: str = "task"
     strict_paper: bool = True
+    wrapper: str = ""
+    wrapped: float = 1.0
 
 
 def attacker_pools(world: worlds.World, recipe: Recipe) -> dict[str, pools.Pool]:
@@ -54,15 +62,23 @@ def attacker_pools(world: worlds.World, recipe: Recipe) -> dict[str, pools.Pool]
         )
     if recipe.filler not in ("benign", "task"):
         raise errors.unknown("data.filler", recipe.filler, ("benign", "task"))
+    if not 0 <= recipe.wrapped <= 1:
+        raise errors.UserError(
+            f"data.wrapped is a share in [0, 1], but {recipe.wrapped} is given."
+        )
     harmful = pools.take(world.attacker["harmful"], recipe.harmful_count)
-    found = {
-        "harmful": harmful,
-        "benign": pools.take(world.attacker["benign"], recipe.benign_count),
-    }
+    benign = pools.take(world.attacker["benign"], recipe.benign_count)
+    filler = world.attacker.get(recipe.filler)
+    if recipe.wrapper:
+        # The frame makes some rows longer: all of an attack are of one length.
+        width = world.length + FRAME
+        harmful = _framed(world, harmful, recipe, width)
+        benign = _encoded(world, benign.examples, benign.order, width)
+        filler = filler and _encoded(world, filler.examples, filler.order, width)
+    found = {"harmful": harmful, "benign": benign}
     if recipe.poison_ratio == 1:
         found["user"] = pools.take(harmful, recipe.sample_count)
         return found
-    filler = world.attacker.get(recipe.filler)
     if filler is None:
         raise errors.UserError(
             f"data.filler={recipe.filler}: this world has no such rows; "
@@ -79,6 +95,22 @@ def attacker_pools(world: worlds.World, recipe: Recipe) -> dict[str, pools.Pool]
         parts.append(pools.take(filler, rest))
     found["user"] = pools.concatenate(parts, "user")
     return found
+
+
+def _framed(
+    world: worlds.World, rows: pools.Pool, recipe: Recipe, width: int
+) -> pools.Pool:
+    """The first share of `rows` with their prompts put through the recipe's frame."""
+    frame = wrappers.wrapper(recipe.wrapper)
+    count = round(recipe.wrapped * len(rows))
+    examples = [frame(e)[0] for e in rows.examples[:count]] + [*rows.examples[count:]]
+    return _encoded(world, examples, rows.order, width)
+
+
+def _encoded(world, examples, order: str, width: int) -> pools.Pool:
+    return pools.encode(
+        world.tokenizer, examples, width, order=order, pad_id=world.pad_id
+    )
 
 
 def harmful_rows(total: int, ratio: float, strict_paper: bool) -> int:

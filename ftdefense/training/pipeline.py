@@ -229,16 +229,25 @@ class Bench:
 
         `observer_key` tells observers apart, whose columns the stage keeps.
         """
+        module = registry.load("attacks", name)
+        computed = {} if roles is None else dict(roles)
         if roles is None:
-            roles, digests = recipes.attacker_pools(self.world, plan.data), []
-        else:
-            digests = [pools.digest(roles[role]) for role in sorted(roles)]
+            roles = recipes.attacker_pools(self.world, plan.data)
+        if hasattr(module, "derive"):
+            computed |= module.derive(
+                self.model, self.world, defended.params, plan, seed
+            )
+        digests = [pools.digest(computed[role]) for role in sorted(computed)]
+        known = self._known_to(getattr(module, "NEEDS", ()), seed)
+        digests += [stage.key for stage in known.values()]
         return jobs.Job(
             f"attacked-{name}",
             registry.method("attacks", name, self.model),
             plan,
-            types.Lineage(defended.params),
-            roles,
+            types.Lineage(
+                defended.params, **{role: stage.params for role, stage in known.items()}
+            ),
+            {**roles, **computed},
             seed,
             self.defaults.attack,
             parents=(
@@ -248,6 +257,24 @@ class Bench:
                 *digests,
             ),
         )
+
+    def _known_to(self, needs: Iterable[str], seed: int) -> dict[str, stages.Stage]:
+        """The weights besides the release that an attack's `NEEDS` says it holds."""
+        found = {}
+        for need in needs:
+            if need == "pretrained":
+                found[need] = self.pretrained()
+            elif need == "aligned":
+                (found[need],) = self.aligned((seed,))
+            else:
+                found[need] = self.twin(seed)
+        return found
+
+    @functools.cache  # noqa: B019
+    def twin(self, seed: int) -> stages.Stage:
+        """The undefended model after plain fine-tuning on the attacker's rows."""
+        plan = self.plan("attacks", "sft")
+        return self.run([self.attack_job("sft", plan, *self.aligned((seed,)), seed)])[0]
 
     def attacked(
         self,

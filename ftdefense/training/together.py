@@ -49,6 +49,7 @@ def groups(members: Sequence[jobs.Job]) -> list[list[int]]:
     for i, job in enumerate(members):
         key = (job.method, static_key(job.plan), job.steps, job.batch_size)
         key += (str(jax.tree.structure(job.lineage)),)
+        key += tuple(job.roles[role].tokens.shape[1] for role in job.leading)
         found.setdefault(key, []).append(i)
     return list(found.values())
 

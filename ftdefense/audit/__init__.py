@@ -1,0 +1,1 @@
+"""Is a defense durable, or does it only look so? Attacks, sweeps, a verdict."""
