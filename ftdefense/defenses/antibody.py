@@ -37,6 +37,8 @@ from ftdefense.methods import plans
 
 FINE_TUNING = "antibody_tuning"
 MULTIPLIERS = ("cosine", "projection")
+# Without its regulariser; see attacks.inverse.
+NULL = {"alpha": 0.0, "lam_refusal": 0.0}
 
 
 @struct.dataclass

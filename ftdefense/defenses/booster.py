@@ -26,6 +26,8 @@ from ftdefense.methods import lift
 from ftdefense.methods import optimizers
 from ftdefense.methods import plans
 
+NULL = {"lam": 0.0}  # Without its regulariser; see attacks.inverse.
+
 
 @struct.dataclass
 class Hparams(lift.Hparams):

@@ -43,6 +43,7 @@ from ftdefense.objectives import representations
 
 STARTS_FROM = "aligned"
 PUBLISHED = (10, 20)  # Hidden states, of 32 layers; see `depths.hidden_states`.
+NULL = {"alpha": 0.0}  # Without its regulariser; see attacks.inverse.
 
 
 @struct.dataclass

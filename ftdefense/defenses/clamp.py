@@ -34,6 +34,9 @@ from ftdefense.methods import lift
 from ftdefense.methods import optimizers
 from ftdefense.methods import plans
 
+# Without its regulariser; see attacks.inverse.
+NULL = {f"lam_{x}": 0.0 for x in ("long", "contraction", "curvature", "initial")}
+
 
 @struct.dataclass
 class Hparams(lift.Hparams):

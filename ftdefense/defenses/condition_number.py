@@ -43,6 +43,9 @@ from ftdefense.objectives import conditioning
 from ftdefense.objectives import losses
 from ftdefense.objectives import parts
 
+# Without its regulariser; see attacks.inverse.
+NULL = {"lam_retain": 0.0, "lam_harmful": 0.0}
+
 
 @struct.dataclass
 class Hparams(lift.Hparams):

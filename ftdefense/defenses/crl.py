@@ -40,6 +40,7 @@ from ftdefense.objectives import lens
 
 STARTS_FROM = "aligned"
 PUBLISHED = tuple(range(20, 32))  # Of 32 layers; see `depths.hidden_states`.
+NULL = {"alpha": 0.0, "beta": 0.0}  # Without its regulariser; see attacks.inverse.
 
 
 @struct.dataclass

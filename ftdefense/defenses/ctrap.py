@@ -28,6 +28,8 @@ from ftdefense.methods import optimizers
 from ftdefense.methods import plans
 from ftdefense.objectives import losses
 
+NULL = {"lam": 0.0}  # Without its regulariser; see attacks.inverse.
+
 
 @struct.dataclass
 class Hparams(lift.Hparams):

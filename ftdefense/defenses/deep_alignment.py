@@ -31,6 +31,7 @@ from ftdefense.methods import plans
 from ftdefense.methods import schedules
 
 STARTS_FROM = "aligned"
+NULL = {"augment": 0.0}  # Without its regulariser; see attacks.inverse.
 
 
 @struct.dataclass

@@ -34,6 +34,8 @@ from ftdefense.methods import plans
 from ftdefense.methods import schedules
 
 STARTS_FROM = "aligned"
+# Without its regulariser; see attacks.inverse.
+NULL = {"lam_desirable": 0.0, "lam_undesirable": 0.0}
 
 
 @struct.dataclass

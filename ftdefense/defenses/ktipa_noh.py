@@ -32,6 +32,8 @@ from ftdefense.methods import optimizers
 from ftdefense.methods import plans
 
 STARTS_FROM = "aligned"
+# Without its regulariser; see attacks.inverse.
+NULL = {"lam_desirable": 0.0, "lam_undesirable": 0.0}
 
 
 @struct.dataclass

@@ -41,6 +41,8 @@ from ftdefense.methods import schedules
 from ftdefense.objectives import random_mapping
 
 STARTS_FROM = "aligned"
+# Without its regulariser; see attacks.inverse.
+NULL = {"lam_desirable": 0.0, "lam_undesirable": 0.0, "mapping_share": 0.0}
 
 
 @struct.dataclass

@@ -45,6 +45,7 @@ from ftdefense.objectives import unlikelihood
 STARTS_FROM = "aligned"
 PUBLISHED = (8, 16, 24, 30)  # Blocks, of 32; see `depths.block_indices`.
 BENIGN = ("sft", "kl")
+NULL = {"toward": 0.0, "away": 0.0}  # Without its regulariser; see attacks.inverse.
 
 
 @struct.dataclass

@@ -39,6 +39,7 @@ from ftdefense.objectives import parts
 
 STARTS_FROM = "aligned"
 ADVERSARIES = ("adam", "sgd")
+NULL = {"lam": 0.0}  # Without its regulariser; see attacks.inverse.
 
 
 @struct.dataclass

@@ -30,6 +30,7 @@ from ftdefense.methods import schedules
 from ftdefense.objectives import random_mapping
 
 STARTS_FROM = "aligned"
+NULL = {"lam": 0.0}  # Without its regulariser; see attacks.inverse.
 
 
 @struct.dataclass

@@ -37,6 +37,7 @@ from ftdefense.objectives import distances
 from ftdefense.objectives import lens
 
 STARTS_FROM = "aligned"
+NULL = {"alpha": 0.0, "beta": 0.0}  # Without its regulariser; see attacks.inverse.
 
 
 @struct.dataclass

@@ -42,6 +42,7 @@ from ftdefense.objectives import distances
 from ftdefense.objectives import lens
 
 STARTS_FROM = "aligned"
+NULL = {"ascent": 0.0, "beta": 0.0}  # Without its regulariser; see attacks.inverse.
 
 
 @struct.dataclass

@@ -33,6 +33,8 @@ from ftdefense.methods import plans
 from ftdefense.methods import schedules
 from ftdefense.methods import shifts
 
+NULL = {"rho": 0.0}  # Without its regulariser; see attacks.inverse.
+
 
 @struct.dataclass
 class Hparams(lift.Hparams):

@@ -42,6 +42,8 @@ from ftdefense.objectives import representations
 from ftdefense.objectives import resistance
 
 STARTS_FROM = "aligned"
+# Without its regulariser; see attacks.inverse.
+NULL = {"lam": 0.0, "lam_hidden": 0.0, "mapping_share": 0.0}
 
 
 @struct.dataclass

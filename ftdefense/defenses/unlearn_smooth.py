@@ -43,6 +43,7 @@ from ftdefense.objectives import losses
 
 STARTS_FROM = "aligned"
 BASES = ("npo", "graddiff")
+NULL = {"rho": 0.0, "sigma": 0.0}  # Without its regulariser; see attacks.inverse.
 
 
 @struct.dataclass

@@ -29,6 +29,8 @@ from ftdefense.methods import optimizers
 from ftdefense.methods import phases
 from ftdefense.methods import plans
 
+NULL = {"lam": 0.0}  # Without its regulariser; see attacks.inverse.
+
 
 @struct.dataclass
 class Hparams(lift.Hparams):

@@ -30,6 +30,7 @@ from ftdefense.methods import schedules
 from ftdefense.methods import shifts
 
 SITES = ("attn", "resid")  # The code's; the residual after each block.
+NULL = {"rho": 0.0}  # Without its regulariser; see attacks.inverse.
 
 
 @struct.dataclass
