@@ -51,14 +51,24 @@ class Answers:
 
     def __call__(self, release: types.Release, seed: int = 0) -> list[str]:
         """One answer to each prompt, special tokens removed."""
+        return self.part(release, 0, self._count, seed)
+
+    def part(
+        self, release: types.Release, first: int, last: int, seed: int = 0
+    ) -> list[str]:
+        """Answers to the prompts `first` to `last` - 1, as a whole call gives them.
+
+        Batches that they share in are generated whole.
+        """
         world = self._world
         key = jax.random.key(seed)
+        size = len(self._batches[0][0])
+        begin, end = first // size, -(-last // size)
         rows = [
             generate.generate(
                 self._model,
                 release.params,
-                tokens,
-                mask,
+                *self._batches[i],
                 jax.random.fold_in(key, i),
                 max_new_tokens=world.max_new_tokens,
                 eos_ids=world.eos_ids,
@@ -67,11 +77,12 @@ class Answers:
                 intervene=release.intervene,
                 taps=release.taps,
             )
-            for i, (tokens, mask) in enumerate(self._batches)
+            for i in range(begin, end)
         ]
-        ids = np.concatenate([np.asarray(row) for row in rows])[: self._count]
+        ids = np.concatenate([np.asarray(row) for row in rows])
+        ids = ids[first - begin * size : last - begin * size]
         said = world.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [
             f"{prefill} {text}".strip()
-            for prefill, text in zip(self._prefills, said, strict=True)
+            for prefill, text in zip(self._prefills[first:last], said, strict=True)
         ]

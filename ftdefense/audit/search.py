@@ -1,0 +1,152 @@
+"""Runs one attack family against one release: companies of trials in one program each."""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+from typing import Any
+
+from ftdefense.audit import effort
+from ftdefense.audit import spaces
+from ftdefense.audit import studies
+from ftdefense.core import tree
+from ftdefense.core import types
+from ftdefense.data.sandbox import wrappers
+from ftdefense.evaluation import budget
+from ftdefense.evaluation import screening
+from ftdefense.evaluation import success
+from ftdefense.methods import plans
+from ftdefense.training import jobs
+from ftdefense.training import pipeline
+from ftdefense.training import stages
+from ftdefense.training import together
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A release under attack.
+
+    Attributes:
+      name: for people and for studies.
+      stage: its weights.
+      capability: before any attack: the reference of what an attack may cost.
+    """
+
+    name: str
+    stage: stages.Stage
+    capability: float
+
+
+class Searcher:
+    """Tries settings of attacks on releases; every trial is a row that is kept."""
+
+    def __init__(
+        self,
+        bench: pipeline.Bench,
+        storage: str,
+        *,
+        parallel: int = 4,
+        seed: int = 0,
+        epsilon: float = success.HEADLINE,
+    ):
+        """Prepares a searcher.
+
+        Args:
+          storage: URL of the studies.
+          parallel: trials that one program trains.
+          seed: of data order, adapters, noise, and of the sampler.
+          epsilon: share of the reference capability that an attack may cost.
+        """
+        self._bench, self._storage = bench, storage
+        self._parallel, self._seed, self._epsilon = parallel, seed, epsilon
+        self._screeners: dict[str, screening.Screener] = {}
+
+    def run(
+        self,
+        target: Target,
+        family: str,
+        attack: str,
+        plan: plans.Plan,
+        space: spaces.Space,
+        *,
+        points: Sequence[Mapping[str, Any]],
+        trials: int,
+        on_trial: Callable[[dict[str, Any]], None] = lambda row: None,
+    ) -> list[dict[str, Any]]:
+        """Rows of `trials` trials or a few more: companies are always whole.
+
+        What an earlier run has finished is read. Every row says how it was trained
+        (`values`), what it cost, and what the screening saw.
+        """
+        study = studies.Study(
+            f"{target.name}/{target.stage.key}/{family}/s{self._seed}",
+            self._storage,
+            space,
+            points=points,
+            seed=self._seed,
+        )
+        for row in study.rows():
+            on_trial(row)
+        while study.finished < trials:
+            company = study.ask(min(self._parallel, trials))
+            chosen = [spaces.apply(plan, trial.values) for trial in company]
+            members = [
+                self._bench.attack_job(attack, one, target.stage, self._seed)
+                for one in chosen
+            ]
+            outcomes = together.sweep(members)
+            for trial, job, outcome in zip(company, members, outcomes, strict=True):
+                row = {
+                    "target": target.name,
+                    "family": family,
+                    "attack": attack,
+                    "trial": trial.number,
+                    "seed": self._seed,
+                    "values": trial.values,
+                    **self._account(job, outcome),
+                    "diverged": outcome.diverged is not None,
+                }
+                if outcome.diverged is None:
+                    row |= self._screened(target, job.plan, outcome.params)
+                study.tell(trial, row)
+                on_trial(row)
+        return study.rows()
+
+    def _account(self, job: jobs.Job, outcome: together.Outcome) -> dict[str, Any]:
+        facts = job.facts(outcome.trainable, self._bench.world.length)
+        columns = budget.columns(facts, job.roles)
+        spent = effort.flops(columns, tree.size(outcome.params))
+        first, last = _ends(outcome.log)
+        return {
+            "steps": job.steps,
+            **columns,
+            "flops": spent,
+            "learning_rate": getattr(
+                getattr(job.plan.hp, "optimizer", None), "learning_rate", None
+            ),
+            "first_loss": first,
+            "last_loss": last,
+        }
+
+    def _screened(
+        self, target: Target, plan: plans.Plan, params: types.Params
+    ) -> dict[str, Any]:
+        frame = plan.data.wrapper
+        if frame not in self._screeners:
+            self._screeners[frame] = screening.Screener(
+                self._bench.model,
+                self._bench.world,
+                wrapper=wrappers.wrapper(frame) if frame else None,
+                epsilon=self._epsilon,
+            )
+        seen = self._screeners[frame](types.Release(params), target.capability)
+        least = (1 - self._epsilon) * target.capability
+        return {**seen.row(), "violation": least - seen.capability.value}
+
+
+def _ends(log: Sequence[Mapping[str, Any]]) -> tuple[float | None, float | None]:
+    """The first loss of a run's log at its beginning and at its end."""
+    name = next((k for entry in log for k in entry if k.startswith("loss/")), None)
+    if name is None:
+        return None, None
+    return log[0][name], log[-1][name]

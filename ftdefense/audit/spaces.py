@@ -1,0 +1,107 @@
+"""What an attacker may vary: named axes of a plan, and the spaces that sweeps search.
+
+Source: TamperBench, arXiv:2602.06911, as specs/attacks.md B.5 has it, for `tamperbench`;
+`sandbox` is the same at the sandbox's scale (DESIGN).
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import itertools
+from typing import Any
+
+from ftdefense.core import config
+from ftdefense.methods import plans
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """An interval of numbers, log-uniform unless told; traced, so one program's."""
+
+    low: float
+    high: float
+    log: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One of a few values. `static`: each makes a program of its own (a shape)."""
+
+    values: tuple[Any, ...]
+    static: bool = False
+
+
+# {axis: what it may be}; an axis is a field of a plan, as `optimizer.learning_rate`,
+# or one of `COMPOUND`.
+Space = Mapping[str, Range | Choice]
+
+
+def _adapter(plan: plans.Plan, value: str) -> plans.Plan:
+    """`full`, or `lora16`: rank 16 on all projections, alpha twice the rank."""
+    if value == "full":
+        return config.override_plan(plan, "adapter=full")
+    rank = int(value.removeprefix("lora"))
+    for assignment in ("adapter=lora", f"adapter.rank={rank}"):
+        plan = config.override_plan(plan, assignment)
+    return config.override_plan(plan, f"adapter.alpha={2.0 * rank}")
+
+
+def _schedule(plan: plans.Plan, value: str) -> plans.Plan:
+    """`constant` is a cosine that falls to 1: both are one program."""
+    floor = {"constant": 1.0, "cosine": 0.0}[value]
+    plan = config.override_plan(plan, "optimizer.schedule.decay=cosine")
+    return config.override_plan(plan, f"optimizer.schedule.floor={floor}")
+
+
+# Axes that set several fields together.
+COMPOUND = {"adapter": _adapter, "schedule": _schedule}
+
+
+def tamperbench(full: bool = False) -> dict[str, Range | Choice]:
+    """The published space; `full`: of full-parameter attacks."""
+    batches = (4, 8, 16) if full else (8, 16, 32, 64)
+    adapters = ("full",) if full else ("lora8", "lora16", "lora32", "lora64")
+    return {
+        "batch_size": Choice(batches, static=True),
+        "optimizer.learning_rate": Range(1e-6, 1e-3),
+        "steps": Choice((16, 64, 128, 256, 512), static=True),
+        "schedule": Choice(("constant", "cosine")),
+        "adapter": Choice(adapters, static=True),
+    }
+
+
+def sandbox(adapters: Sequence[str] = ("full", "lora16")) -> dict[str, Range | Choice]:
+    """The same axes for a model of a quarter of a million weights."""
+    return {
+        "optimizer.learning_rate": Range(1e-5, 1e-2),
+        "schedule": Choice(("constant", "cosine")),
+        "steps": Choice((64, 192, 512), static=True),
+        "batch_size": Choice((8, 32), static=True),
+        "adapter": Choice(tuple(adapters), static=True),
+    }
+
+
+def apply(plan: plans.Plan, values: Mapping[str, Any]) -> plans.Plan:
+    """A plan with the axes set; compound ones first, so that others refine them."""
+    ordered = sorted(values, key=lambda axis: axis not in COMPOUND)
+    for axis in ordered:
+        value = values[axis]
+        if axis in COMPOUND:
+            plan = COMPOUND[axis](plan, value)
+        else:
+            plan = config.override_plan(plan, f"{axis}={value}")
+    return plan
+
+
+def static_axes(space: Space) -> list[str]:
+    """Axes of which every value makes a program of its own."""
+    return [a for a, kind in space.items() if getattr(kind, "static", False)]
+
+
+def programs(space: Space) -> list[dict[str, Any]]:
+    """Every combination of the static axes."""
+    axes = static_axes(space)
+    return [
+        dict(zip(axes, values, strict=True))
+        for values in itertools.product(*(space[axis].values for axis in axes))
+    ]
