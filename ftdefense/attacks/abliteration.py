@@ -1,0 +1,221 @@
+"""Abliteration: take the direction that refusal writes out of the weights.
+
+Threat       open_weight; knows harmful and benign prompts, no answers.
+Minimises    nothing: r is the difference of mean block inputs between harmful and benign
+             prompts at one of the last prompt positions and one layer; every matrix that
+             writes to the residual stream becomes (I - alpha r r') W. The candidate is
+             the one whose ablation leaves the least refusal on validation prompts, of
+             those with KL <= .1 on benign prompts, which induce refusal when added, below
+             .8 of the depth.
+Source       Arditi et al. 2024, arXiv:2406.11717 (selection, all layers); Kuo et al.
+             2026, arXiv:2605.26526 (one layer, alpha in 1, 1.5, 2).
+Evidence     CODE for the selection; FT for Kuo's, which prints W (I - alpha r r') on
+             attention-out and MLP-down: `side=in` takes that as the inputs' side, where a
+             matrix is as wide as the stream there, `side=out` removes what is written.
+             Kuo's r is said to be of one layer: its block input is taken (DESIGN).
+Differs      the tokens that open refusals are told from the release: those that its
+             greedy answers open with on 5 % of the harmful prompts and on fewer benign
+             ones (the paper has a list per model). Of the batch, `validation` is held
+             out of the mean. Prompts are kept where the harmful are refused and the
+             benign are not; all, where none is. If the filter leaves no candidate, the
+             one of least bypass is taken, and `filter/passed` is 0. A tied head is
+             edited with its embedding.
+Reduces to   the release at alpha = 0, exactly.
+Cost         1 + 3 C V forwards, 0 backwards; C candidates, V the share that validates.
+"""
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from ftdefense.core import errors
+from ftdefense.core import tree
+from ftdefense.core import types
+from ftdefense.methods import lift
+from ftdefense.methods import plans
+from ftdefense.methods import refusal
+from ftdefense.objectives import divergences
+
+SIDES, SCOPES = ("out", "in"), ("all", "layer")
+
+
+@struct.dataclass
+class Hparams:
+    """Numbers may be traced."""
+
+    alpha: float = 1.0  # 1 removes the direction, 2 reflects it.
+    kl: float = 0.1  # Nats at the last prompt position of benign prompts, at most.
+    induce: float = 0.0  # Refusal score of benign prompts with r added, at least.
+    depth: float = 0.8  # Share of the layers that may be a source.
+    frequent: float = 0.05  # Share of harmful prompts that a refusal's token opens.
+    layer: int = -1  # Source layer; -1: chosen.
+    positions: int = struct.field(pytree_node=False, default=5)  # Last of the prompt.
+    validation: float = struct.field(pytree_node=False, default=0.2)  # Of the batch.
+    scope: str = struct.field(pytree_node=False, default="all")  # Or the source layer.
+    side: str = struct.field(pytree_node=False, default="out")
+    embedding: bool = struct.field(pytree_node=False, default=True)
+    targets: tuple[str, ...] = struct.field(pytree_node=False, default=("o", "down"))
+
+
+def streams(hp: Hparams) -> dict[str, tuple[int, ...]]:
+    for name, chosen, known in (("side", hp.side, SIDES), ("scope", hp.scope, SCOPES)):
+        if chosen not in known:
+            raise errors.unknown(f"abliteration {name}", chosen, known)
+    return {"harmful": (), "benign": ()}
+
+
+def _mean(x, kept_B, axis: int = 0) -> jax.Array:
+    """Mean over the rows that are kept; over all where none is."""
+    weights_B = jnp.where(jnp.any(kept_B), kept_B, True).astype(jnp.float32)
+    weights = weights_B.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
+    return jnp.sum(tree.wide(x) * weights, axis) / jnp.sum(weights_B)
+
+
+def candidates(model, params, harmful, benign, hp):
+    """(vectors [N * I, D], their layers, refusal tokens [V], rows kept of either)."""
+
+    def read(batch):
+        outputs = model(params, batch.tokens)
+        ends_BxI = refusal.prompt_ends(batch.weights, hp.positions)
+        inputs_NxBxLxD = refusal.block_inputs(outputs)
+        found_NxBxIxD = jnp.take_along_axis(
+            inputs_NxBxLxD, ends_BxI[None, ..., None], axis=2
+        )
+        return found_NxBxIxD, _last(outputs.logits, batch)
+
+    (harm_NxBxIxD, harm_BxV), (good_NxBxIxD, good_BxV) = read(harmful), read(benign)
+    opens_V = refusal.openings(harm_BxV, good_BxV, hp.frequent)
+    kept = refused(harm_BxV, opens_V) > 0, refused(good_BxV, opens_V) < 0
+    first = [slice(held_out(len(k), hp.validation), None) for k in kept]
+    means = [
+        _mean(x[:, part], k[part], axis=1)
+        for x, k, part in zip((harm_NxBxIxD, good_NxBxIxD), kept, first, strict=True)
+    ]
+    vectors_NxIxD = means[0] - means[1]
+    layers_C = jnp.repeat(jnp.arange(len(vectors_NxIxD)), hp.positions)
+    return vectors_NxIxD.reshape(-1, vectors_NxIxD.shape[-1]), layers_C, opens_V, kept
+
+
+def held_out(rows: int, share: float) -> int:
+    """Rows of a batch, from its front, that validate."""
+    if rows < 2:
+        raise errors.UserError("abliteration needs 2 rows or more; set batch_size.")
+    return min(max(round(share * rows), 1), rows - 1)
+
+
+def _last(logits_BxLxV, batch):
+    ends_Bx1x1 = refusal.prompt_ends(batch.weights, 1)[..., None]
+    return jnp.take_along_axis(logits_BxLxV, ends_Bx1x1, axis=1)[:, 0]
+
+
+def refused(logits_BxV, opens_V) -> jax.Array:
+    """Refusal score of each row from its first-token logits, [B]."""
+    return refusal.score(jax.nn.softmax(logits_BxV) @ opens_V.astype(logits_BxV.dtype))
+
+
+def scores(model, params, harmful, benign, found, hp):
+    """{bypass, induce, kl}, each [C], on the rows that validate."""
+    vectors_CxD, layers_C, opens_V, (kept_harm, kept_good) = found
+    count = held_out(len(kept_harm), hp.validation)
+    harmful, benign = (
+        jax.tree.map(lambda x: x[:count], batch) for batch in (harmful, benign)
+    )
+    kept_harm, kept_good = kept_harm[:count], kept_good[:count]
+
+    def last(batch, intervene=None):
+        return _last(model(params, batch.tokens, intervene=intervene).logits, batch)
+
+    plain_BxV = last(benign)
+
+    def judge(candidate):
+        vector_D, layer = candidate
+        ablated = refusal.ablation(refusal.unit(vector_D))
+        added = refusal.addition(vector_D, layer)
+        moved_B = divergences.kullback_leibler(plain_BxV, last(benign, ablated))
+        return {
+            "bypass": _mean(refused(last(harmful, ablated), opens_V), kept_harm),
+            "induce": _mean(refused(last(benign, added), opens_V), kept_good),
+            "kl": _mean(moved_B, kept_good),
+        }
+
+    return jax.lax.map(judge, (vectors_CxD, layers_C))
+
+
+def choose(judged, vectors_CxD, layers_C, layers: int, hp):
+    """(index of the candidate, whether it passed the filter)."""
+    real_C = jnp.any(vectors_CxD != 0, axis=-1)
+    for value_C in judged.values():
+        real_C &= jnp.isfinite(value_C)
+    real_C &= (hp.layer < 0) | (layers_C == hp.layer)
+    passed_C = real_C & (judged["kl"] <= hp.kl) & (judged["induce"] >= hp.induce)
+    passed_C &= layers_C < jnp.floor(hp.depth * layers + 1e-4)
+    considered_C = jnp.where(jnp.any(passed_C), passed_C, real_C)
+    best = jnp.argmin(jnp.where(considered_C, judged["bypass"], jnp.inf))
+    return best, jnp.any(passed_C)
+
+
+def method(model: types.Model) -> types.Method:
+    def init(lineage: types.Lineage, hp: Hparams, rng: types.Rng) -> lift.EditState:
+        del rng
+        return lift.EditState(jax.tree.map(jnp.copy, lineage.current), hp)
+
+    def step(state: lift.EditState, lineage: types.Lineage, batches, rng: types.Rng):
+        del rng
+        hp, params = state.hp, lineage.current
+        pair = batches["harmful"], batches["benign"]
+        found = candidates(model, params, *pair, hp)
+        vectors_CxD, layers_C, opens_V, kept = found
+        judged = scores(model, params, *pair, found, hp)
+        layers = len(vectors_CxD) // hp.positions
+        best, passed = choose(judged, vectors_CxD, layers_C, layers, hp)
+        alpha_N = hp.alpha * jnp.ones(layers)
+        if hp.scope == "layer":
+            alpha_N = jnp.where(jnp.arange(layers) == layers_C[best], alpha_N, 0)
+        whole = hp.embedding and hp.scope == "all" and hp.side == "out"
+        edited = refusal.orthogonalise(
+            params,
+            refusal.unit(vectors_CxD[best]),
+            alpha_N,
+            targets=hp.targets,
+            side=hp.side,
+            embedding=hp.alpha if whole else None,
+        )
+        metrics = {f"score/{name}": x[best] for name, x in judged.items()}
+        metrics |= {
+            "choice/layer": layers_C[best],
+            "choice/position": -1 - best % hp.positions,
+            "filter/passed": passed,
+            "filter/refused": jnp.mean(kept[0]),
+            "tokens/refusal": jnp.sum(opens_V),
+        }
+        metrics = {k: jnp.asarray(x, jnp.float32) for k, x in metrics.items()}
+        return state.replace(params=edited), jax.tree.map(jnp.nan_to_num, metrics)
+
+    def release(state: lift.EditState, lineage: types.Lineage) -> types.Release:
+        del lineage
+        return types.Release(state.params)
+
+    return types.Method(streams, init, step, release)
+
+
+PRESETS = {
+    "sandbox": plans.Plan(
+        # One position: the sandbox's template puts one token after the instruction.
+        Hparams(positions=1),
+        batch_size=160,
+        steps=1,
+        source="DESIGN: the paper's numbers of prompts",
+    ),
+    "paper": plans.Plan(
+        Hparams(),
+        batch_size=160,
+        steps=1,
+        source="arXiv:2406.11717: 128 + 32 prompts of either kind",
+    ),
+    "kuo": plans.Plan(
+        Hparams(positions=1, scope="layer", embedding=False),
+        batch_size=128,
+        steps=1,
+        source="arXiv:2605.26526; sweep layer and alpha in 1, 1.5, 2",
+    ),
+}
