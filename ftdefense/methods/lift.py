@@ -149,7 +149,9 @@ def remembering_method(
         return state.replace(memory=after), {**metrics, **norms}
 
     def release(state: TrainState, lineage: types.Lineage) -> types.Release:
-        return types.Release(state.hp.adapter.merge(state.params, lineage.current))
+        hp = state.hp
+        params = hp.optimizer.released(state.params, state.opt_state)
+        return types.Release(hp.adapter.merge(params, lineage.current))
 
     return types.Method(streams, init, step, release)
 

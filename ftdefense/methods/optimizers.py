@@ -1,4 +1,4 @@
-"""What lies below `direction`: clip, AdamW or SGD, weight decay, learning rate."""
+"""What lies below `direction`: clip, precondition, weight decay, learning rate."""
 
 from typing import Any
 
@@ -6,12 +6,15 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
+from ftdefense.core import errors
 from ftdefense.core import tree
 from ftdefense.methods import freezing
+from ftdefense.methods import preconditioners
 from ftdefense.methods import schedules
 
-KINDS = ("adamw", "adamw_by_leaf", "sgd")
+KINDS = tuple(preconditioners.KINDS)
 
 
 @struct.dataclass
@@ -19,20 +22,23 @@ class Optimizer:
     """An optax chain whose numbers are traced. Defaults are PyTorch's AdamW.
 
     Order, as in transformers' Trainer: clip the whole gradient, precondition, add
-    decoupled weight decay, scale by the learning rate.
+    decoupled weight decay, scale by the learning rate. Adam, Adagrad and Adadelta add
+    the decay before they precondition. `of_kind` knows the usual numbers of each kind.
     """
 
     learning_rate: float = 1e-4  # Peak.
     schedule: Any = schedules.Schedule()  # A table [T + 1] once `init` has run.
     clip: float = 1.0  # L2 norm over all leaves above which gradients are scaled.
-    weight_decay: float = 0.0  # Decoupled; on matrices only.
-    b1: float = 0.9
-    b2: float = 0.999
+    weight_decay: float = 0.0  # On matrices only.
+    b1: float = 0.9  # Of `adamw_sf`: how near gradients are taken to the average.
+    b2: float = 0.999  # Of `adadelta`: its rho.
     eps: float = 1e-8
-    momentum: float = 0.0  # Of SGD.
+    momentum: float = 0.0  # Of `sgd`, `nsgd`, `sign` and `muon`.
     # `adamw_by_leaf` counts the steps of each layer's leaf, as PyTorch does: one that
     # is frozen for a while is passed over entirely. It takes `active` (see `freeze`).
+    # `adamw_sf` is schedule-free; `nsgd` and `sign` normalise the momentum.
     kind: str = struct.field(pytree_node=False, default="adamw")
+    nesterov: bool = struct.field(pytree_node=False, default=False)  # The momentum.
 
     def tabulate(self, steps: int) -> "Optimizer":
         """Replaces the schedule by its values, so that `step` sees only an array."""
@@ -45,22 +51,57 @@ class Optimizer:
         return 0 if isinstance(table, schedules.Schedule) else table.shape[-1] - 1
 
     def transform(self) -> optax.GradientTransformation:
-        """The chain; rebuilt at every trace, which is what lets its numbers vary."""
-        precondition = {
-            "adamw": optax.scale_by_adam(self.b1, self.b2, self.eps),
-            "adamw_by_leaf": freezing.scale_by_adam(self.b1, self.b2, self.eps),
-            "sgd": optax.trace(self.momentum),
-        }[self.kind]
+        """The chain; rebuilt at every trace, which is what lets its numbers vary.
+
+        Raises:
+          UserError: if there is no such kind.
+        """
+        if self.kind not in KINDS:
+            raise errors.unknown("optimizer.kind", self.kind, KINDS)
+
+        def rate(t):
+            return self.learning_rate * self.schedule[t]
+
+        precondition = preconditioners.KINDS[self.kind](self)
+        decay = optax.add_decayed_weights(self.weight_decay, matrices)
+        descend = optax.scale_by_schedule(lambda t: -rate(t))
+        if self.kind == "adamw_sf":
+            inner = optax.chain(precondition, decay, descend)
+            # It counts steps from 1, the table from 0.
+            averaging = contrib.schedule_free(inner, lambda t: rate(t - 1), self.b1)
+            return optax.chain(clip(self.clip), preconditioners.in_float32(averaging))
+        if self.kind in preconditioners.COUPLED:
+            decayed = preconditioners.keep_dtypes(decay)
+            return optax.chain(clip(self.clip), decayed, precondition, descend)
         by_leaf = self.kind == "adamw_by_leaf"
         freeze = [freezing.freeze()] if by_leaf else []
         return optax.chain(
             *freeze,  # Before the norm is taken: what is frozen has no gradient.
             clip(self.clip),
             precondition,
-            optax.add_decayed_weights(self.weight_decay, matrices),
-            optax.scale_by_schedule(lambda t: -self.learning_rate * self.schedule[t]),
+            decay,
+            descend,
             *freeze,
         )
+
+    def released(self, params: Any, opt_state: Any) -> Any:
+        """The weights that leave training: of `adamw_sf` the average, else `params`."""
+        if self.kind != "adamw_sf":
+            return params
+        _, averaging = opt_state
+        found = contrib.schedule_free_eval_params(averaging, tree.wide(params))
+        return optax.tree.cast_like(found, params)
+
+
+def of_kind(
+    kind: str,
+    learning_rate: float,
+    schedule: schedules.Schedule = schedules.Schedule(),  # noqa: B008
+    **fields: Any,
+) -> Optimizer:
+    """An optimizer with the usual numbers of its kind, and `fields` besides."""
+    fields = {**preconditioners.NUMBERS.get(kind, {}), **fields}
+    return Optimizer(learning_rate, schedule, kind=kind, **fields)
 
 
 # Of every preset for the sandbox, so that methods differ in nothing but their rule: to
