@@ -1,0 +1,1 @@
+"""Signs that a robustness number is not to be trusted: specs/attacks.md D.3."""
