@@ -8,6 +8,7 @@ import pytest
 
 from ftdefense.attacks import kick_settle
 from ftdefense.attacks import sidestepper
+from ftdefense.core import errors
 from ftdefense.methods import optimizers
 from ftdefense.methods import schedules
 
@@ -43,6 +44,68 @@ def test_sidestepper_golden():
     golden = {0: 0.0, 375: 1e-5, 750: 2e-5, 4125: 1e-5, 7500: 0.0}
     for step, value in golden.items():
         np.testing.assert_allclose(table[step], value, rtol=1e-6, atol=1e-18)
+
+
+def test_tar_suite_cosine_golden():
+    """B.3: T_max = 4 T stays above 1.780e-5. Catches a period counted from step 0."""
+    floor, steps = 5e-6 / 2e-5, 1000
+    for warmup in (0.0, 0.1):
+        schedule = schedules.Schedule(warmup, floor, period=4.0, decay="cosine")
+        table = 2e-5 * schedule.table(steps)
+        start = round(warmup * steps)
+        t = (np.arange(start, steps + 1) - start) / (4 * steps)
+        expected = 5e-6 + 0.5 * (2e-5 - 5e-6) * (1 + np.cos(np.pi * t))
+        np.testing.assert_allclose(table[start:], expected, rtol=1e-7)
+        assert np.all(table[start:] >= 1.780e-5)
+        if not warmup:
+            np.testing.assert_allclose(table[-1], 1.780e-5, atol=5e-9)
+
+
+def test_sgdr():
+    """B.3: warm-up 30, cycles of 100, floor 5e-6. Catches a warm-up in every cycle, a
+
+    cycle that counts from step 0, and a cosine that does not start again.
+    """
+    schedule = schedules.Schedule(0.03, 0.25, period=0.1, decay="restarts")
+    table = jax.jit(lambda s: s.table(1000))(schedule)
+    np.testing.assert_allclose(table[:30], np.arange(30) / 30, rtol=1e-7)
+    t = np.arange(970) % 100 / 100
+    expected = 0.25 + 0.75 * 0.5 * (1 + np.cos(np.pi * t))
+    np.testing.assert_allclose(table[30:1000], expected, rtol=1e-7)
+    theirs = pytest.importorskip("torch", reason="needs the extra `parity`").optim
+    optimizer = theirs.SGD([_parameter()], lr=1.0)
+    scheduler = theirs.lr_scheduler.CosineAnnealingWarmRestarts(
+        optimizer, T_0=100, eta_min=0.25
+    )
+    found = []
+    for _ in range(250):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    np.testing.assert_allclose(table[30:280], found, rtol=1e-7)
+
+
+def _parameter():
+    import torch
+
+    return torch.zeros(1, requires_grad=True)
+
+
+def test_a_period_of_its_own():
+    """Catches a period that is baked into the program, and one that ends after T."""
+    periods = jnp.array([0.25, 0.5, 0.0])
+    tables = jax.vmap(lambda p: schedules.Schedule(period=p, decay="linear").table(8))(
+        periods
+    )
+    for table, length in zip(tables, (2, 4, 8), strict=True):
+        expected = np.clip(1 - np.arange(9) / length, 0, 1)
+        np.testing.assert_allclose(table, expected, atol=1e-12)
+
+
+def test_decays_are_named():
+    """Catches a KeyError."""
+    with pytest.raises(errors.UserError, match="did you mean 'restarts'"):
+        schedules.Schedule(decay="restart").table(3)
 
 
 def test_no_kick_is_a_plain_cosine():
