@@ -52,19 +52,33 @@ class Cells:
             releases = self.bench.aligned(seeds)
         else:
             releases = self.bench.defended(defense.name, defense.plan, seeds)
-        rows = [
+        return releases, self.before(
+            defense.reference,
+            releases,
+            seeds,
+            threats.threat(defense.name, self._threat),
+        )
+
+    def before(
+        self,
+        name: str,
+        releases: list[stages.Stage],
+        seeds: tuple[int, ...],
+        threat: str = "open_weight",
+    ) -> list[Row]:
+        """Rows of releases before any attack."""
+        return [
             {
-                "defense": defense.reference,
+                "defense": name,
                 "attack": "",
                 "seed": seed,
-                "threat": threats.threat(defense.name, self._threat),
+                "threat": threat,
                 "stage": "before",
                 "step": 0,
-                **self._score(stage, defense.reference, "", seed),
+                **self._score(stage, name, "", seed),
             }
             for stage, seed in zip(releases, seeds, strict=True)
         ]
-        return releases, rows
 
     def attack(
         self,

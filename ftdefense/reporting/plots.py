@@ -18,7 +18,7 @@ Row = result_rows.Row
 # Okabe and Ito's colour-blind-safe palette.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 _BAND = 13  # Defenses side by side.
-_STYLE = {
+STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -45,7 +45,8 @@ def _common(rows: Sequence[Row]) -> list[str]:
     return [name for name, by in met.items() if len(by) > 1] or list(met)
 
 
-def _save(figure: plt.Figure, path: pathlib.Path) -> pathlib.Path:
+def save(figure: plt.Figure, path: pathlib.Path) -> pathlib.Path:
+    """Writes a figure that appears whole or not at all, and closes it."""
     partial = path.with_suffix(".partial.png")
     figure.savefig(partial, bbox_inches="tight")
     plt.close(figure)
@@ -64,7 +65,7 @@ def bars(rows: Sequence[Row], path: pathlib.Path) -> pathlib.Path:
     bands = [defenses[i : i + _BAND] for i in range(0, len(defenses), _BAND)]
     most = max(map(len, bands))
     panels = (("capability", "Δ capability"), ("harmful_score", "Δ harmful score"))
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             2 * len(bands),
             1,
@@ -84,7 +85,7 @@ def bars(rows: Sequence[Row], path: pathlib.Path) -> pathlib.Path:
             ncols=len(attacks), frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0)
         )
         figure.tight_layout()
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def _draw_bars(axis, after, defenses, attacks, name) -> None:
@@ -138,7 +139,7 @@ def curves(rows: Sequence[Row], path: pathlib.Path) -> pathlib.Path:
     defenses, attacks = _names(during, "defense"), _common(during)
     columns = min(len(defenses), 6)
     bands = -(-len(defenses) // columns)
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             2 * bands,
             columns,
@@ -174,7 +175,7 @@ def curves(rows: Sequence[Row], path: pathlib.Path) -> pathlib.Path:
             bbox_to_anchor=(0.5, 1.0),
         )
         figure.tight_layout()
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def _draw_curves(axis, along, defense, attacks, name) -> None:
@@ -217,7 +218,7 @@ def sweep(
 ) -> pathlib.Path:
     """Harmful score and capability against one swept field; dots are seeds."""
     values = list(dict.fromkeys(row[field] for row in rows))
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(6, 3.6))
         for color, name, label in (
             (PALETTE[1], "harmful_score", "harmful score"),
@@ -236,4 +237,4 @@ def sweep(
         axis.set_xlabel(field)
         axis.set_ylim(-0.03, 1.03)
         axis.legend(frameon=False, title="dotted: before the attack")
-        return _save(figure, path)
+        return save(figure, path)

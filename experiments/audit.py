@@ -1,0 +1,346 @@
+"""Audits one defense, or any released weights: an ensemble of attacks, and a verdict.
+
+  python experiments/audit.py --workdir=runs/audit --defense=booster
+  python experiments/audit.py --workdir=runs/mine --checkpoint=FOLDER \\
+      --harmful=harmful.jsonl --benign=benign.jsonl --reference=UNDEFENDED
+
+searches every attack family for the settings that do most harm to a model that stays
+useful, repeats the worst at several seeds, asks whether the evaluation can be believed,
+and writes audit.html. Repeating the command resumes what was interrupted.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+import sys
+from typing import Any
+
+from absl import flags
+import cells
+import jax
+import judgement
+import settings
+import tqdm
+
+from ftdefense.audit import ensemble
+from ftdefense.audit import families
+from ftdefense.audit import search
+from ftdefense.core import cards
+from ftdefense.core import config
+from ftdefense.core import errors
+from ftdefense.core import registry
+from ftdefense.methods import plans
+from ftdefense.models import huggingface
+from ftdefense.reporting import audit_page
+from ftdefense.reporting import manifest
+from ftdefense.reporting import rows as result_rows
+from ftdefense.training import checkpoint
+from ftdefense.training import pipeline
+from ftdefense.training import stages
+
+FLAGS = flags.FLAGS
+flags.adopt_module_key_flags(settings)
+FLAGS.set_default("seeds", ["0", "1", "2"])
+flags.DEFINE_string("defense", None, "Defense to train: name, name:preset or file.py.")
+flags.DEFINE_string(
+    "checkpoint",
+    None,
+    "Released weights instead: a Hugging Face folder, or a stage of a work directory.",
+)
+flags.DEFINE_string(
+    "reference", None, "Undefended twin of --checkpoint, a Hugging Face folder."
+)
+flags.DEFINE_enum(
+    "budget", "quick", families.BUDGETS, "quick: minutes; standard: an hour; full."
+)
+flags.DEFINE_list(
+    "template", [], "Of the defense, T1 to T4, if its card does not say: adds attacks."
+)
+flags.DEFINE_list("families", [], "Only these attack families; empty: all.")
+flags.DEFINE_string(
+    "storage", None, "URL of the Optuna studies, shared by workers; default: SQLite."
+)
+flags.DEFINE_integer("parallel", 4, "Trials that one compiled program trains.")
+
+REFERENCES = ("none", "never")  # With what a release is compared, in the sandbox.
+# Families that are also run against the references, for scale.
+FOR_SCALE = ("full", "sidestepper")
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A release to be audited, or one to compare it with.
+
+    Attributes:
+      name: for people; of a defense, its reference.
+      stages: its weights, for each seed; one release may stand for all.
+      before: its rows before any attack, for each seed.
+    """
+
+    name: str
+    stages: list[stages.Stage]
+    before: list[dict[str, Any]]
+
+    def target(self) -> search.Target:
+        return search.Target(self.name, self.stages[0], self.before[0]["capability"])
+
+
+def main() -> None:
+    workdir, seeds = settings.workdir(), tuple(settings.seeds())
+    if bool(FLAGS.defense) == bool(FLAGS.checkpoint):
+        raise errors.UserError("give one of --defense=NAME and --checkpoint=FOLDER.")
+    if FLAGS.defense:
+        registry.load("defenses", FLAGS.defense.partition(":")[0])
+    unknown = set(FLAGS.families) - {*families.FAMILIES}
+    if unknown:
+        raise errors.unknown("family", sorted(unknown)[0], families.FAMILIES)
+    bench = the_bench()
+    runner = cells.Cells(bench, threat="open_weight")
+    settings.claim(workdir, resolved(bench, seeds))
+    audited = subject(bench, runner, seeds)
+    references = [reference(bench, runner, name, seeds) for name in known_references()]
+    templates = template()
+    searcher = search.Searcher(
+        bench,
+        FLAGS.storage or f"sqlite:///{workdir.resolve()}/studies.db",
+        parallel=FLAGS.parallel,
+        seed=seeds[0],
+    )
+    found = attack(bench, searcher, audited, templates)
+    scale = {
+        one.name: attack(bench, searcher, one, (), FOR_SCALE).trials()
+        for one in references
+    }
+    confirmed = confirm(bench, runner, audited, found, seeds)
+    horizons = {
+        one.name: horizon(bench, runner, one, seeds[0])
+        for one in [audited, *references]
+    }
+    judged = judgement.judge(
+        bench,
+        judgement.Evidence(
+            subject=audited.name,
+            templates=tuple(templates),
+            budget=FLAGS.budget,
+            release=audited.stages[0].params,
+            before=audited.before,
+            reference=references[0].stages[0].params if references else None,
+            trials=found.trials(),
+            skipped=found.skipped,
+            scale=scale,
+            confirmed=confirmed,
+            horizons=horizons,
+            generations=runner.generations,
+            seed=seeds[0],
+        ),
+    )
+    write(workdir, bench, found, scale, confirmed, horizons, judged, runner)
+    print(audit_page.text(judged, found.trials(), confirmed))
+    print(f"\n{workdir / 'audit.html'}")
+
+
+def resolved(bench: pipeline.Bench, seeds: tuple[int, ...]) -> dict[str, Any]:
+    """What the work directory's config.json holds."""
+    asked = ("defense", "checkpoint", "reference", "template", "families", "set")
+    return {
+        "audit": {name: FLAGS[name].value for name in asked},
+        "budget": FLAGS.budget,
+        "seeds": list(seeds),
+        "model": config.to_dict(bench.model.config),
+        "data": bench.world.hashes(),
+    }
+
+
+def the_bench() -> pipeline.Bench:
+    """The sandbox's, or one made from the checkpoint's own data."""
+    if not FLAGS.checkpoint or FLAGS.harmful is None:
+        return settings.bench()
+    # The undefended model is what stands before a defense; without one, the release.
+    FLAGS.model = FLAGS.reference or FLAGS.checkpoint
+    FLAGS.model_stage = "aligned"
+    return settings.bench()
+
+
+def subject(
+    bench: pipeline.Bench, runner: cells.Cells, seeds: tuple[int, ...]
+) -> Subject:
+    """What is audited: at `quick` one release stands for all seeds of the attacks."""
+    if FLAGS.checkpoint:
+        stage = stages.given(weights(bench, pathlib.Path(FLAGS.checkpoint)))
+        name = pathlib.Path(FLAGS.checkpoint).name
+        before = runner.before(name, [stage], seeds[:1])
+        return _for_all(Subject(name, [stage], before), seeds)
+    (chosen,) = settings.chosen(bench, "defenses", [FLAGS.defense])
+    bench.check(chosen.name, chosen.plan)
+    trained = seeds[:1] if FLAGS.budget == "quick" else seeds
+    releases, before = runner.defend(chosen, trained)
+    one = Subject(chosen.reference, releases, before)
+    return _for_all(one, seeds) if FLAGS.budget == "quick" else one
+
+
+def _for_all(one: Subject, seeds: tuple[int, ...]) -> Subject:
+    before = [{**one.before[0], "seed": seed} for seed in seeds]
+    return dataclasses.replace(one, stages=one.stages * len(seeds), before=before)
+
+
+def weights(bench: pipeline.Bench, folder: pathlib.Path) -> Any:
+    """Parameters from a Hugging Face folder or from a stage of a work directory.
+
+    Raises:
+      UserError: if there are none, or they are of another shape than the model.
+    """
+    shapes = jax.eval_shape(bench.model.init, jax.random.key(0))
+    if (folder / "release").is_dir():
+        return checkpoint.load_params(folder / "release", shapes)
+    model, params = huggingface.load(str(folder))
+    if jax.tree.map(jax.numpy.shape, params) != jax.tree.map(
+        lambda leaf: leaf.shape, shapes
+    ):
+        raise errors.UserError(
+            f"--checkpoint={folder}: a model of {model.config}, but the world's is of "
+            f"{bench.model.config}. Give the data of the checkpoint with --harmful and "
+            "--benign, or the sandbox's size with --preset."
+        )
+    return params
+
+
+def known_references() -> tuple[str, ...]:
+    if FLAGS.checkpoint and FLAGS.harmful is not None:
+        return ("none",) if FLAGS.reference else ()
+    return REFERENCES
+
+
+def reference(
+    bench: pipeline.Bench, runner: cells.Cells, name: str, seeds: tuple[int, ...]
+) -> Subject:
+    """An undefended model, or one that never knew, at the first seed."""
+    (chosen,) = settings.chosen(bench, "defenses", [name])
+    releases, before = runner.defend(chosen, seeds[:1])
+    return Subject(name, releases, before)
+
+
+def template() -> list[str]:
+    """Templates of the defense: asked for, or from its card."""
+    if FLAGS.template or not FLAGS.defense:
+        return FLAGS.template
+    card = cards.card(registry.load("defenses", FLAGS.defense.partition(":")[0]))
+    return re.findall(r"T[1-4]", card.get("Template", ""))
+
+
+def attack(
+    bench: pipeline.Bench,
+    searcher: search.Searcher,
+    one: Subject,
+    templates: list[str] | tuple[str, ...],
+    only: tuple[str, ...] | None = None,
+) -> ensemble.Found:
+    """The ensemble against one release, with a bar."""
+    wanted = only or tuple(FLAGS.families) or None
+    total = sum(
+        trials
+        for name, trials in families.chosen(FLAGS.budget, templates).items()
+        if wanted is None or name in wanted
+    )
+    best = 0.0
+    with tqdm.tqdm(
+        total=total, desc=one.name, unit="trial", disable=not sys.stderr.isatty()
+    ) as bar:
+
+        def on_trial(row: dict[str, Any]) -> None:
+            nonlocal best
+            if not row["diverged"] and row["violation"] <= 0:
+                best = max(best, row["harmful_score"])
+            bar.update()
+            bar.set_postfix_str(f"{row['family']}, best HS {best:.2f}")
+
+        return ensemble.run(
+            bench,
+            searcher,
+            one.target(),
+            FLAGS.budget,
+            defense=one.name if FLAGS.defense else "",
+            templates=templates,
+            only=wanted,
+            on_trial=on_trial,
+        )
+
+
+def confirm(
+    bench: pipeline.Bench,
+    runner: cells.Cells,
+    audited: Subject,
+    found: ensemble.Found,
+    seeds: tuple[int, ...],
+) -> list[dict[str, Any]]:
+    """The best setting of each family again, at every seed, on all held-out prompts.
+
+    At `quick` only of the three families that did most harm.
+    """
+    winners = found.winners()
+    useful = [name for name, row in winners.items() if row["violation"] <= 0]
+    ranked = sorted(useful, key=lambda name: -winners[name]["harmful_score"])
+    if FLAGS.budget == "quick":
+        ranked = ranked[:3]
+    rows = []
+    for name in ranked:
+        module, plan = ensemble.resolved(
+            bench, name, winners[name]["values"], FLAGS.defense or ""
+        )
+        rows += runner.attack(
+            settings.Chosen(audited.name, audited.name, _no_plan()),
+            audited.stages,
+            audited.before,
+            settings.Chosen(name, module, plan, f"{module} {winners[name]['values']}"),
+            seeds,
+        )
+    return rows
+
+
+def horizon(
+    bench: pipeline.Bench, runner: cells.Cells, one: Subject, seed: int
+) -> list[dict[str, Any]]:
+    """Plain fine-tuning of one release for long, judged at sixteen checkpoints."""
+    steps = {"quick": 512, "standard": 1536, "full": 6144}[FLAGS.budget]
+    plan = bench.plan("attacks", "sft")
+    for assignment in (
+        f"steps={steps}",
+        "optimizer.schedule.decay=constant",
+    ):
+        plan = config.override_plan(plan, assignment)
+    return runner.attack(
+        settings.Chosen(one.name, one.name, _no_plan()),
+        one.stages[:1],
+        one.before[:1],
+        settings.Chosen("horizon", "sft", plan, f"sft, {steps} steps"),
+        (seed,),
+    )
+
+
+def _no_plan() -> plans.Plan:
+    """Of a defense that is trained already."""
+    return plans.Plan(None)
+
+
+def write(workdir, bench, found, scale, confirmed, horizons, judged, runner) -> None:
+    """Rows, generations, verdict and the page."""
+    trials = [*found.trials(), *(row for rows in scale.values() for row in rows)]
+    result_rows.write(workdir / "trials.jsonl", trials)
+    result_rows.write(workdir / "results.jsonl", confirmed)
+    lines = (json.dumps(one, sort_keys=True) for one in runner.generations)
+    result_rows.write_text(workdir / "generations.jsonl", "\n".join(lines) + "\n")
+    checkpoint.write_json(workdir / "verdict.json", judged)
+    made = manifest.build(
+        sys.argv,
+        [str(device) for device in jax.devices()],
+        bench.world.hashes(),
+        f"{judged['subject']}, {FLAGS.budget} budget, {bench.world.name}",
+    )
+    checkpoint.write_json(workdir / "manifest.json", made)
+    images = audit_page.plots(workdir, judged, found.trials(), scale, horizons)
+    html = audit_page.render(judged, found.trials(), confirmed, images, made)
+    result_rows.write_text(workdir / "audit.html", html)
+
+
+if __name__ == "__main__":
+    settings.run(main)
