@@ -13,7 +13,7 @@ Evidence     DESIGN. The ascent has mu times the length of the harmful gradient,
 Differs      R is that of the preset, not of what the defender may have tuned it to. With
              VAA, whose groups take a profile of the defender's run, both are alignment
              rows. A defense's step counts are read as the attack's own.
-Reduces to   SideStepper at mu = 0, exactly; SFT on the harmful pairs at lam = mu = 0.
+Reduces to   SideStepper at mu = 0; SFT on the harmful pairs at lam = mu = 0.
 Cost         2 forwards, 2 backwards; and twice those of the defense's step, of which the
              compiler shares what is the same.
 """
