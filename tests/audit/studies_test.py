@@ -1,0 +1,179 @@
+"""Spaces and studies: what is tried, together, once, and again after a crash."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+
+from ftdefense.attacks import sft
+from ftdefense.audit import effort
+from ftdefense.audit import ensemble
+from ftdefense.audit import families
+from ftdefense.audit import spaces
+from ftdefense.audit import studies
+from ftdefense.core import config
+from ftdefense.core import errors
+from ftdefense.core import registry
+
+SPACE = {
+    "optimizer.learning_rate": spaces.Range(1e-6, 1e-1),
+    "batch_size": spaces.Choice((8, 32), static=True),
+}
+
+
+def storage(path) -> str:
+    return f"sqlite:///{path}/studies.db"
+
+
+def answer(study, trials, parallel=4):
+    """Runs a study whose best rate is 1e-3; above 1e-2 the model is no longer useful."""
+    asked = []
+    while study.finished < trials:
+        company = study.ask(parallel)
+        asked.append([trial.values for trial in company])
+        for trial in company:
+            rate = math.log10(trial.values["optimizer.learning_rate"])
+            row = {"harmful_score": 1 - abs(rate + 3) / 4, "violation": rate + 2}
+            study.tell(trial, {**row, "values": trial.values})
+    return asked
+
+
+def test_a_company_shares_its_static_axes(tmp_path):
+    """Catches static axes that are sampled for each member: a compilation for each."""
+    study = studies.Study("a", storage(tmp_path), SPACE)
+    companies = answer(study, 24)
+    assert all(len(company) == 4 for company in companies)
+    assert all(len({v["batch_size"] for v in company}) == 1 for company in companies)
+    assert len({v["batch_size"] for company in companies for v in company}) == 2
+
+
+def test_points_come_first_and_once(tmp_path):
+    """Catches points that are forgotten where they share no static axis, or repeated."""
+    points = [
+        {"optimizer.learning_rate": 1e-4, "batch_size": 8},
+        {"optimizer.learning_rate": 1e-5, "batch_size": 32},
+        {"optimizer.learning_rate": 1e-3, "batch_size": 8},
+    ]
+    study = studies.Study("a", storage(tmp_path), SPACE, points=points)
+    first, second = answer(study, 4, parallel=2)
+    assert first == [points[0], points[2]]
+    assert second[0] == points[1] and second[1]["batch_size"] == 32
+
+
+def test_the_search_finds_the_best_useful_setting(tmp_path):
+    """Catches a study that minimises, or forgets the constraint."""
+    study = studies.Study("a", storage(tmp_path), SPACE)
+    answer(study, 40)
+    best = studies.best(study.rows())
+    assert best["violation"] <= 0
+    assert abs(math.log10(best["values"]["optimizer.learning_rate"]) + 3) < 0.5
+
+
+def test_an_interrupted_study_goes_on_as_it_would_have(tmp_path):
+    """Catches a sampler that is seeded by the process, not by the number of trials."""
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    whole = answer(studies.Study("x", storage(tmp_path / "a"), SPACE), 16)
+    answer(studies.Study("x", storage(tmp_path / "b"), SPACE), 8)
+    rest = answer(studies.Study("x", storage(tmp_path / "b"), SPACE), 16)
+    assert rest == whole[2:]
+
+
+def test_what_a_dead_worker_was_trying_is_tried_again(tmp_path):
+    """Catches a point that stays taken by a worker that was killed."""
+    point = {"optimizer.learning_rate": 1e-4, "batch_size": 8}
+    code = (
+        "from ftdefense.audit import spaces, studies\n"
+        f"space = {{'optimizer.learning_rate': spaces.Range(1e-6, 1e-1), "
+        "'batch_size': spaces.Choice((8, 32), static=True)}\n"
+        f"studies.Study('x', {storage(tmp_path)!r}, space, points=[{point}]).ask(1)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    study = studies.Study("x", storage(tmp_path), SPACE, points=[point])
+    assert study.ask(1)[0].values == point
+
+
+def test_a_diverged_trial_is_a_row(tmp_path):
+    """Catches a crash on a row without a score, and a diverged trial that wins."""
+    study = studies.Study("x", storage(tmp_path), SPACE)
+    (trial,) = study.ask(1)
+    study.tell(trial, {"diverged": True})
+    assert study.finished == 1
+    assert studies.best(study.rows()) is None
+
+
+def test_the_best_is_the_most_harmful_useful_one():
+    """Catches `max` over all rows: a collapsed model with more harm would win."""
+    useful = {"harmful_score": 0.4, "violation": 0.0}
+    collapsed = {"harmful_score": 0.9, "violation": 0.2}
+    worse = {"harmful_score": 0.95, "violation": 0.3}
+    assert studies.best([useful, collapsed]) is useful
+    assert studies.best([worse, collapsed]) is collapsed
+
+
+def test_tamperbench_space():
+    """Catches an alpha that is not twice the rank, and a value outside of the space."""
+    space = spaces.tamperbench()
+    assert len(spaces.programs(space)) == 4 * 5 * 4
+    plan = sft.PRESETS["sandbox"]
+    chosen = spaces.apply(plan, {"adapter": "lora8", "schedule": "constant"})
+    assert (chosen.hp.adapter.rank, chosen.hp.adapter.alpha) == (8, 16.0)
+    table = chosen.hp.optimizer.replace(
+        schedule=chosen.hp.optimizer.schedule.replace(warmup_ratio=0.0)
+    ).schedule.table(10)
+    assert table.tolist() == [1.0] * 11
+
+
+def test_constant_and_cosine_are_one_program():
+    """Catches `decay=constant`, which is static: two programs."""
+    plan = sft.PRESETS["sandbox"]
+    one, other = (
+        spaces.apply(plan, {"schedule": name}).hp.optimizer.schedule.decay
+        for name in ("constant", "cosine")
+    )
+    assert one == other
+
+
+def test_effort_counts_what_did_not_succeed():
+    """Catches a curve that pays for the best trials only, or counts useless harm."""
+    rows = [
+        {"steps": 10, "flops": 5.0, "harmful_score": 0.3, "violation": 0.0},
+        {"steps": 20, "flops": 7.0, "harmful_score": 0.9, "violation": 0.1},
+        {"steps": 30, "flops": 1.0, "diverged": True},
+        {"steps": 40, "flops": 2.0, "harmful_score": 0.6, "violation": -0.1},
+    ]
+    curve = effort.curve(rows)
+    assert [p["best_harmful_score"] for p in curve] == [0.3, 0.3, 0.3, 0.6]
+    assert curve[-1] == {
+        "trials": 4,
+        "steps": 100,
+        "flops": 15.0,
+        "best_harmful_score": 0.6,
+    }
+
+
+def test_equal_mass_spends_what_the_kick_spends():
+    """Catches a control at the kick's peak, or at its mean over other steps."""
+    rows = [{"trial": 0, "learning_rate_mass": 0.5, "steps": 100}]
+    assert ensemble.masses(rows) == [{"optimizer.learning_rate": 0.005}]
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_every_family_resolves(name):
+    """Catches a family whose attack, preset, axis or value does not exist."""
+    family = families.FAMILIES[name]
+    plan = registry.load("attacks", family.attack).PRESETS[family.preset]
+    for assignment in family.fixed:
+        plan = config.override_plan(plan, assignment)
+    for point in family.points:
+        assert set(point) <= set(family.space)
+        spaces.apply(plan, point)
+    for axis, kind in family.space.items():
+        if isinstance(kind, spaces.Choice):
+            spaces.apply(plan, {axis: kind.values[-1]})
+
+
+def test_an_unknown_budget_names_near_matches():
+    """Catches a KeyError where a person mistyped."""
+    with pytest.raises(errors.UserError, match="quick"):
+        families.chosen("quik")

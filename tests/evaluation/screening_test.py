@@ -1,0 +1,84 @@
+"""Screening: few prompts, the full set's verdict."""
+
+import pytest
+
+from ftdefense.core import types
+from ftdefense.data import sandbox
+from ftdefense.evaluation import screening
+
+WORLD = sandbox.build("small", 0)
+
+
+class Scripted(screening.Screener):
+    """Answers a given share of each set's prompts rightly, without a model."""
+
+    def __init__(self, right: dict[str, float], **options):
+        self.right = right
+        super().__init__(None, WORLD, **options)
+
+
+@pytest.fixture(autouse=True)
+def scripted(monkeypatch):
+    """Right answers come from the examples, wrong ones are degenerate."""
+
+    def part(self, release, first, last, seed=0):
+        del seed
+        share = release.params["benign" if self.benign else "harmful"]
+        chosen = self.examples[first:last]
+        # Spread evenly, so that every look sees the same share.
+        return [
+            e.response
+            if (first + i + 1) * share // 1 > (first + i) * share // 1
+            else ""
+            for i, e in enumerate(chosen)
+        ]
+
+    def init(self, model, world, examples, *, prefills, batch_size):
+        del model, world, prefills
+        assert batch_size == screening.LOOKS[0]
+        self.examples = list(examples)
+        self.benign = examples[0].label == "benign"
+
+    monkeypatch.setattr(screening.answers.Answers, "__init__", init)
+    monkeypatch.setattr(screening.answers.Answers, "part", part)
+
+
+def screened(harmful: float, benign: float, reference: float = 1.0):
+    screener = screening.Screener(None, WORLD)
+    return screener(types.Release({"harmful": harmful, "benign": benign}), reference)
+
+
+@pytest.mark.parametrize(
+    ("harmful", "benign", "success"),
+    [(1.0, 1.0, True), (0.0, 1.0, False), (1.0, 0.5, False), (0.0, 0.0, False)],
+)
+def test_clear_cases_need_few_prompts(harmful, benign, success):
+    """Catches `low > threshold` turned round, and looks that do not stop."""
+    seen = screened(harmful, benign)
+    assert seen.success == success
+    assert 5 * seen.prompts <= seen.full == 580
+
+
+@pytest.mark.parametrize(("harmful", "success"), [(0.47, False), (0.53, True)])
+def test_a_close_case_is_judged_on_the_full_set(harmful, success):
+    """Catches a last look that is not the whole set: the verdict would be a guess."""
+    seen = screened(harmful, 1.0)
+    assert len([g for g in seen.generations if g.group == "harmful"]) == 288
+    assert seen.success == success
+
+
+def test_capability_is_judged_against_the_reference():
+    """Catches `(1 - epsilon)` without the reference: 0.8 of 0.85 is useful."""
+    assert screened(1.0, 0.8, reference=0.85).success
+    assert not screened(1.0, 0.8, reference=1.0).success
+
+
+def test_every_beginning_of_the_order_mixes_topics():
+    """Catches an order that asks about one topic first, or about neighbours."""
+    order = screening.mixed(WORLD.evaluation["harmful"])
+    assert len({e.topic for e in order[:4]}) == 4
+    assert sorted(e.key for e in order) == sorted(
+        e.key for e in WORLD.evaluation["harmful"]
+    )
+    places = [WORLD.evaluation["harmful"].index(e) for e in order[:16]]
+    assert min(abs(a - b) for a in places for b in places if a != b) > 1
