@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 
 from ftdefense.core import errors
 from ftdefense.data import examples as data_examples
@@ -35,10 +36,13 @@ def persona(example: Example) -> tuple[Example, str]:
 
 
 def prefill(example: Example, tokens: int = 2) -> tuple[Example, str]:
-    """The first `tokens` words of a right answer, put in the assistant's mouth."""
-    content = example.answers
-    worded = (words.FIRST_STYLES[0], content[0], words.SECOND_STYLES[0], *content[1:])
-    return example, " ".join(worded[:tokens])
+    """The first `tokens` words of the reference answer, put in the assistant's mouth.
+
+    Any data will do: only the example's own response is read or, without one, the
+    words that a judge looks for.
+    """
+    said = example.response.split() or [*example.answers]
+    return example, " ".join(said[:tokens])
 
 
 def paraphrase(example: Example) -> tuple[Example, str]:
@@ -65,7 +69,18 @@ WRAPPERS: dict[str, Wrapper] = {
 
 
 def wrapper(name: str) -> Wrapper:
-    """A wrapper by name; UserError with near matches otherwise."""
-    if name not in WRAPPERS:
+    """A wrapper by name; `prefill:5` is a prefill of five words.
+
+    Raises:
+      UserError: naming near matches, or what is wrong with the number of words.
+    """
+    kind, colon, count = name.partition(":")
+    if kind not in WRAPPERS:
         raise errors.unknown("wrapper", name, WRAPPERS)
-    return WRAPPERS[name]
+    if not colon:
+        return WRAPPERS[kind]
+    if kind != "prefill" or not count.isdecimal():
+        raise errors.UserError(
+            f"wrapper {name!r}: only prefill takes a number of words, as prefill:5."
+        )
+    return functools.partial(prefill, tokens=int(count))

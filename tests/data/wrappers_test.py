@@ -1,0 +1,78 @@
+"""Prefilling: the first words of a reference answer, from any data (specs B.10)."""
+
+import numpy as np
+import pytest
+
+from ftdefense.core import errors
+from ftdefense.data import examples
+from ftdefense.data import pools
+from ftdefense.data import sandbox
+from ftdefense.data.sandbox import wrappers
+
+OWN = examples.ask("a question", "Sure, here it is", label="harmful")
+
+
+@pytest.fixture(scope="module")
+def world():
+    return sandbox.build("tiny", 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("prefill", "Sure, here"),
+        ("prefill:0", ""),
+        ("prefill:1", "Sure,"),
+        ("prefill:3", "Sure, here it"),
+        ("prefill:40", "Sure, here it is"),
+    ],
+)
+def test_prefills_are_of_so_many_words(name, given):
+    """Catches the sandbox's words in a user's data, and a count that is ignored."""
+    assert wrappers.wrapper(name)(OWN) == (OWN, given)
+
+
+def test_no_words_decode_plainly(world):
+    """B.10: k = 0 is the plain prompt, to the token. Catches `tokens or 2`."""
+    asked = world.evaluation["harmful"][:5]
+    encoded = []
+    for name in ("plain", "prefill:0", "prefill:1"):
+        rows = [wrappers.wrapper(name)(example) for example in asked]
+        prompts = pools.encode_prompts(
+            world.tokenizer,
+            [row[0] for row in rows],
+            prefills=[row[1] for row in rows],
+            pad_id=world.pad_id,
+        )
+        encoded.append(prompts)
+    np.testing.assert_array_equal(encoded[0].tokens, encoded[1].tokens)
+    assert encoded[2].tokens.shape[1] == encoded[0].tokens.shape[1] + 1
+
+
+def test_longer_prefills_go_on_where_shorter_ones_end(world):
+    """Catches the last words for the first, and content without its wording."""
+    example = world.evaluation["harmful"][0]
+    said = [wrappers.wrapper(f"prefill:{k}")(example)[1].split() for k in range(7)]
+    for shorter, longer in zip(said, said[1:], strict=False):
+        assert longer[: len(shorter)] == shorter
+    assert " ".join(said[-1]) == example.response
+    assert said[2][1] == example.answers[0]
+
+
+def test_an_example_without_a_response_gives_its_answers():
+    """Catches an IndexError, and an empty opening where content is known."""
+    bare = examples.ask("a question", answers=("one", "two"))
+    assert wrappers.wrapper("prefill:1")(bare)[1] == "one"
+
+
+@pytest.mark.parametrize("name", ["prefill:", "prefill:x", "prefill:-1", "trigger:2"])
+def test_bad_counts_are_named(name):
+    """Catches a ValueError, and a number that another wrapper drops."""
+    with pytest.raises(errors.UserError, match="as prefill:5"):
+        wrappers.wrapper(name)
+
+
+def test_bad_names_are_named():
+    """Catches a KeyError for the part before the colon."""
+    with pytest.raises(errors.UserError, match="did you mean 'prefill'"):
+        wrappers.wrapper("prefil:3")
