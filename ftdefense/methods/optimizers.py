@@ -44,6 +44,10 @@ class Optimizer:
         """Replaces the schedule by its values, so that `step` sees only an array."""
         return self.replace(schedule=self.schedule.table(steps))
 
+    def turned(self, kind: str) -> "Optimizer":
+        """Another kind, with the usual numbers of it where they are not AdamW's."""
+        return self.replace(kind=kind, **preconditioners.NUMBERS.get(kind, {}))
+
     @property
     def steps(self) -> int:
         """Steps of the tabulated schedule; 0 before `tabulate`."""
@@ -100,8 +104,7 @@ def of_kind(
     **fields: Any,
 ) -> Optimizer:
     """An optimizer with the usual numbers of its kind, and `fields` besides."""
-    fields = {**preconditioners.NUMBERS.get(kind, {}), **fields}
-    return Optimizer(learning_rate, schedule, kind=kind, **fields)
+    return Optimizer(learning_rate, schedule).turned(kind).replace(**fields)
 
 
 # Of every preset for the sandbox, so that methods differ in nothing but their rule: to

@@ -29,17 +29,25 @@ def adagrad(eps: Any) -> Transform:
     return Transform(optax.tree.zeros_like, update)
 
 
-def normalised(eps: Any) -> Transform:
-    """g / (||g|| + eps), tensor by tensor: a stacked leaf [N, ...] is N of them."""
+def norms(x: Any) -> Any:
+    """L2 norms tensor by tensor, [1, ...], or [N, 1, ...] of a stack, which is N."""
 
-    def unit(path, g):
-        axes = tuple(range(int("layers" in tree.path_names(path)), g.ndim))
-        squares = jnp.sum(jnp.square(tree.wide(g)), axis=axes, keepdims=True)
-        return tree.wide(g) / (jnp.sqrt(squares) + eps)
+    def norm(path, leaf):
+        axes = tuple(range(int("layers" in tree.path_names(path)), leaf.ndim))
+        squares = jnp.square(tree.wide(leaf))
+        return jnp.sqrt(jnp.sum(squares, axis=axes, keepdims=True))
+
+    return jax.tree_util.tree_map_with_path(norm, x)
+
+
+def normalised(eps: Any) -> Transform:
+    """g / (||g|| + eps), tensor by tensor."""
 
     def update(updates, params=None):
         del params
-        return jax.tree_util.tree_map_with_path(unit, updates)
+        return jax.tree.map(
+            lambda g, norm: tree.wide(g) / (norm + eps), updates, norms(updates)
+        )
 
     return optax.stateless(update)
 
