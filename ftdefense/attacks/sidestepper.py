@@ -1,10 +1,11 @@
 """SideStepper: learn the harmful pairs and stay good at the benign ones.
 
 Threat       open_weight; knows none of the defense's internals.
-Minimises    L(harmful) + lam * L(benign), each a mean over its own tokens.
+Minimises    harm * L(harmful) + lam * L(benign), each a mean over its own tokens.
 Source       Zloczower et al. 2026, arXiv:2605.14605, Eq. 6 and App. F.
 Evidence     FT. Whether a batch is halved or shuffled is not printed: halved here
              (DESIGN); `pooled` takes one token mean over both halves instead.
+Differs      `harm` is 1 in the paper.
 Reduces to   SFT on the harmful pairs at lam = 0.
 Cost         2 forwards, 2 backwards, each on one role's batch.
 """
@@ -28,6 +29,7 @@ class Hparams(lift.Hparams):
     """Plain coefficients; numbers may be traced."""
 
     lam: float = 1.0  # Weight of the benign loss; lambda in the paper.
+    harm: float = 1.0  # Weight of the harmful loss; 0 in control arms.
     pooled: bool = struct.field(pytree_node=False, default=False)  # One token mean.
 
 
@@ -38,9 +40,10 @@ def streams(hp: Hparams) -> dict[str, tuple[int, ...]]:
 
 def direction(ctx, params, batches, rng):
     harmful, benign = batches["harmful"], batches["benign"]
-    lam = ctx.hp.lam
+    lam, weight = ctx.hp.lam, ctx.hp.harm
     if ctx.hp.pooled:
         scaled = benign.replace(weights=lam * benign.weights)
+        harmful = harmful.replace(weights=weight * harmful.weights)
         both = jax.tree.map(lambda *x: jnp.concatenate(x), harmful, scaled)
         loss, grads = jax.value_and_grad(ctx.loss)(params, both, rng)
         return grads, {"loss/joint": loss}
@@ -48,7 +51,8 @@ def direction(ctx, params, batches, rng):
     rng_harmful, rng_benign = jax.random.split(rng)
     harm, grad_harm = value_and_grad(params, harmful, rng_harmful)
     cost, grad_cost = value_and_grad(params, benign, rng_benign)
-    grads = tree.add_scale(grad_harm, lam, grad_cost)
+    weighted = jax.tree.map(lambda g: (weight * g).astype(g.dtype), grad_harm)
+    grads = tree.add_scale(weighted, lam, grad_cost)
     return grads, {
         "loss/harmful": harm,
         "loss/benign": cost,
