@@ -1,10 +1,10 @@
 """Inverse objective: nulls of the defenses, closed form, identity with SideStepper.
 
 Mutants:
-  `grads, -length,` -> `grads, length,` in attacks/inverse.py
-  `full, -1.0, null` -> `full, -0.9, null` in attacks/inverse.py
-  `hp.mu * tree.norm(grad_harm)` -> `hp.mu` in attacks/inverse.py
-  `along(own)` -> `along(own.replace(**module.NULL))` in attacks/inverse.py
+  `grads, -length,` -> `grads, length,`
+  `full, -1.0, null` -> `full, -0.9, null`
+  `hp.mu * tree.norm(grad_harm)` -> `hp.mu`
+  `along(own)` -> `along(own.replace(**module.NULL))`
 """
 
 import math
