@@ -67,18 +67,19 @@ def test_slerp_keeps_the_length_of_an_arc():
     np.testing.assert_allclose(found["head"], 2 * third, atol=1e-12)
 
 
-def test_transplant_moves_a_range_of_layers():
-    """Catches `<=` at the end of the range, and an embedding of the twin."""
+@pytest.mark.parametrize("moved", [0, 1])
+def test_transplant_moves_a_range_of_layers(moved):
+    """Catches a bound that is ignored, and an embedding of the twin."""
     origin = lineage()
-    hp = merge.Hparams(mode="transplant", first=0.5, last=1.0)
+    hp = merge.Hparams(mode="transplant", first=moved / 2, last=(moved + 1) / 2)
     found = edited(merge, hp, origin)
     for name in ("up", "down"):
         got, release, twin = (
             p["layers"]["mix"][name]["kernel"]
             for p in (found, origin.current, origin.twin)
         )
-        np.testing.assert_array_equal(got[0], release[0])
-        np.testing.assert_allclose(got[1], twin[1], atol=1e-12)
+        np.testing.assert_array_equal(got[1 - moved], release[1 - moved])
+        np.testing.assert_allclose(got[moved], twin[moved], atol=1e-12)
     same(found["embed"], origin.current["embed"])
 
 
