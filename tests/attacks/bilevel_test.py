@@ -87,29 +87,57 @@ def test_gradient_equals_finite_differences(inner):
     np.testing.assert_allclose(grads, np.array(central), rtol=1e-6, atol=1e-10)
 
 
+def descended(params, data, weight=1.0, kick=1.0, rates=None):
+    """K plain steps of 0.1, the first times `kick`."""
+    loss = losses.next_token(MODEL)
+    gradient = jax.jit(jax.grad(lambda w, h, c: weight * loss(w, h) + loss(w, c)))
+    for k in range(K):
+        at = [jax.tree.map(lambda x, k=k: x[k], data[r]) for r in ("harmful", "benign")]
+        grads = gradient(params, *at)
+        if rates is not None:
+            grads = jax.tree.map(jnp.multiply, grads, rates)
+        params = tree.add_scale(params, -0.1 * (kick if k == 0 else 1), grads)
+    return params
+
+
+def close(a, b):
+    # A schedule in float32 leaves its rounding on the rate.
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-9), a, b
+    )
+
+
 def test_without_outer_steps_it_is_plain_descent():
     """K steps on L_h + L_c. Catches ascent, a kick at 1 and batches out of order."""
     hp = hparams(outer_rate=0.0, inner="sgd", rate=0.1)
     ctx, params = context(hp)
     state = loop.init(METHOD, types.Lineage(params), hp, KEY, 4)
     data = batches()
-    state, metrics = jax.jit(METHOD.step)(state, types.Lineage(params), data, KEY)
+    state, _ = jax.jit(METHOD.step)(state, types.Lineage(params), data, KEY)
+    close(state.params, descended(params, data))
+
+
+def test_what_each_outer_variable_does():
+    """Catches a kick at every step, layers' rates on the wrong axis, and gamma on the
+    harmful loss.
+    """
+    ctx, params = context(hparams(inner="sgd", rate=0.1, gamma=0.7))
+    data, outer = batches(), wide(bilevel.outer_variables(params))
+    outer["kick"] = jnp.log(2.0)
+    outer["weight"]["harmful"] = jnp.log(3.0)
+    up = outer["rate"]["layers"]["mix"]["up"]
+    up["kernel"] = jnp.log(jnp.array([1.0, 5.0]))
+    rates = jax.tree.map(jnp.ones_like, params)
+    in_up = rates["layers"]["mix"]["up"]
+    in_up["kernel"] = in_up["kernel"].at[1].set(5.0)
+    expected = descended(params, data, 3.0, 2.0, rates)
+    weights, _ = jax.jit(lambda o: bilevel.unroll(ctx, params, o, data, KEY))(outer)
+    close(weights, expected)
     loss = losses.next_token(MODEL)
-    gradient = jax.jit(
-        jax.grad(lambda w, harm, cost: loss(w, harm) + loss(w, cost)),
-    )
-    expected = params
-    for k in range(K):
-        at = [jax.tree.map(lambda x, k=k: x[k], data[r]) for r in ("harmful", "benign")]
-        expected = tree.add_scale(expected, -0.1, gradient(expected, *at))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12),
-        state.params,
-        expected,
-    )
-    # A schedule in float32 leaves its rounding on the rate.
-    first = jax.tree.map(lambda x: x[0], data["harmful"])
-    np.testing.assert_allclose(metrics["loss/harmful"], loss(params, first))
+    harm = loss(expected, data["judged_harmful"])
+    cost = loss(expected, data["judged_benign"])
+    judged = jax.jit(lambda o: bilevel.judge(ctx, params, o, data, KEY)[0])(outer)
+    close(judged, harm + 0.7 * cost)
 
 
 METHOD = registry.method("attacks", "bilevel", MODEL)
