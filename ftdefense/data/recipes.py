@@ -34,6 +34,7 @@ class Recipe:
       wrapper: jailbreak frame that harmful prompts are put through, those of evaluation
         included: a name of `sandbox.wrappers`; empty: none.
       wrapped: share of the harmful rows that carry it, from the front.
+      topics: of the harmful rows; empty: all. The others are out of distribution.
     """
 
     harmful_count: int = 0
@@ -44,6 +45,7 @@ class Recipe:
     strict_paper: bool = True
     wrapper: str = ""
     wrapped: float = 1.0
+    topics: tuple[str, ...] = ()
 
 
 def attacker_pools(world: worlds.World, recipe: Recipe) -> dict[str, pools.Pool]:
@@ -66,7 +68,10 @@ def attacker_pools(world: worlds.World, recipe: Recipe) -> dict[str, pools.Pool]
         raise errors.UserError(
             f"data.wrapped is a share in [0, 1], but {recipe.wrapped} is given."
         )
-    harmful = pools.take(world.attacker["harmful"], recipe.harmful_count)
+    harmful = world.attacker["harmful"]
+    if recipe.topics:
+        harmful = _on(recipe.topics, harmful)
+    harmful = pools.take(harmful, recipe.harmful_count)
     benign = pools.take(world.attacker["benign"], recipe.benign_count)
     filler = world.attacker.get(recipe.filler)
     if recipe.wrapper:
@@ -95,6 +100,16 @@ def attacker_pools(world: worlds.World, recipe: Recipe) -> dict[str, pools.Pool]
         parts.append(pools.take(filler, rest))
     found["user"] = pools.concatenate(parts, "user")
     return found
+
+
+def _on(topics: tuple[str, ...], rows: pools.Pool) -> pools.Pool:
+    """The rows of these topics."""
+    known = dict.fromkeys(example.topic for example in rows.examples)
+    for topic in topics:
+        if topic not in known:
+            raise errors.unknown("topic of data.topics", topic, known)
+    kept = [i for i, example in enumerate(rows.examples) if example.topic in topics]
+    return pools.take(rows, np.array(kept))
 
 
 def _framed(
