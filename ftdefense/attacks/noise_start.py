@@ -53,14 +53,18 @@ def displaced(
     wanted = preconditioners.norms(base)
     moved = preconditioners.norms(optax.tree.sub(trial, tree.wide(base)))
 
+    def chosen(norms):
+        layers = getattr(hp.adapter, "layers", ())
+        return norms[jnp.asarray(layers)] if layers else norms
+
     def move(path, x, noise):
         *module, name = tree.path_names(path)
         site = (*module, "kernel") if name == "b" else (*module, name)
         if name == "a":
             return x
-        length = _at(moved, site)
-        scale = hp.noise * _at(wanted, site) / jnp.where(length > 0, length, 1)
-        return tree.add_scale(x, scale, noise)
+        length = chosen(_at(moved, site))
+        ratio = chosen(_at(wanted, site)) / jnp.where(length > 0, length, 1)
+        return tree.add_scale(x, hp.noise * ratio, noise)
 
     return jax.tree_util.tree_map_with_path(move, params, drawn)
 

@@ -50,7 +50,7 @@ class Full:
         return params
 
     def scale(self) -> float:
-        """LoRA's alpha / rank; not a number here."""
+        """LoRA's factor on A B; not a number here."""
         return float("nan")
 
 
@@ -59,7 +59,8 @@ class LoRA:
     """Low-rank factors: `x W + alpha / rank (x A) B`, A Kaiming-uniform, B zero.
 
     Source: Hu et al. 2021, arXiv:2106.09685; initialisation as in peft. Neither
-    `W + A B` nor the gradient of W is formed while training.
+    `W + A B` nor the gradient of W is formed while training. The scale of rsLoRA
+    (Kalajdzievski 2023, arXiv:2312.03732) is alpha / sqrt(rank).
     """
 
     choices = staticmethod(choices)
@@ -68,14 +69,21 @@ class LoRA:
     dropout: float | None = None  # Rate on the input of A while training; None: off.
     rank: int = struct.field(pytree_node=False, default=16)
     targets: tuple[str, ...] = struct.field(pytree_node=False, default=PROJECTIONS)
+    rank_stabilised: bool = struct.field(pytree_node=False, default=False)
+    # Blocks that have factors; (): all, and kernels outside of blocks as well.
+    layers: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
     def init(self, base: types.Params, rng: types.Rng) -> types.Params:
         """Factors {a [N, in, R], b [N, R, out]} at the paths of the target kernels.
 
+        With `layers` there are as many as these in the place of N.
+
         Raises:
-          UserError: if no kernel has a name in `targets`.
+          UserError: if no kernel has a name in `targets`, or there is no such layer.
         """
         kernels = _kernels(base)
+        if self.layers:
+            kernels = {p: self._layers_of(k) for p, k in kernels.items() if k.ndim == 3}
         chosen = {path: k for path, k in kernels.items() if path[-1] in self.targets}
         if not chosen:
             known = sorted({path[-1] for path in kernels})
@@ -102,8 +110,7 @@ class LoRA:
         """The model as a function of the factors; `base` is frozen."""
 
         def bound(params, tokens, *, rng=None, **hooks):
-            # alpha / rank is folded into A, so the model needs to know of no scale.
-            lora = _map_a(lambda a: a * self.scale(), params)
+            lora = self._for_model(params, base)
             if self.dropout is None:
                 return model(base, tokens, lora=lora, **hooks)
             return model(
@@ -118,7 +125,7 @@ class LoRA:
         """The last norm and the head as a function of the factors."""
 
         def bound(params, hidden_BxLxD):
-            lora = _map_a(lambda a: a * self.scale(), params)
+            lora = self._for_model(params, base)
             return model.readout(base, hidden_BxLxD, lora=lora)
 
         return bound
@@ -138,11 +145,39 @@ class LoRA:
                 **{name: added(base[name], sub) for name, sub in factors.items()},
             }
 
-        return added(base, params)
+        return added(base, self._all_layers(params, base))
 
     def scale(self) -> Any:
-        """alpha / rank."""
-        return self.alpha / self.rank
+        """alpha / rank, or rsLoRA's alpha / sqrt(rank)."""
+        return self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
+
+    def _for_model(self, params: types.Params, base: types.Params) -> types.Params:
+        # The scale is folded into A, so the model needs to know of none.
+        lora = _map_a(lambda a: a * self.scale(), params)
+        return self._all_layers(lora, base)
+
+    def _layers_of(self, kernel_NxIxO: jax.Array) -> jax.Array:
+        count = kernel_NxIxO.shape[0]
+        wrong = [i for i in self.layers if not 0 <= i < count]
+        if wrong or len(set(self.layers)) < len(self.layers):
+            raise errors.UserError(
+                f"adapter.layers {self.layers}: name each of layers 0 to {count - 1} "
+                "at most once."
+            )
+        return kernel_NxIxO[jnp.asarray(self.layers)]
+
+    def _all_layers(self, params: types.Params, base: types.Params) -> types.Params:
+        """Factors with N layers, zero where there were none."""
+        if not self.layers:
+            return params
+        counts = {path: kernel.shape[0] for path, kernel in _kernels(base).items()}
+
+        def spread(path, factor):
+            count = counts[tree.path_names(path)[:-1]]
+            zeros = jnp.zeros((count, *factor.shape[1:]), factor.dtype)
+            return zeros.at[jnp.asarray(self.layers)].set(factor)
+
+        return jax.tree_util.tree_map_with_path(spread, params)
 
 
 def _kernels(params: types.Params) -> dict[tuple[str, ...], jax.Array]:
