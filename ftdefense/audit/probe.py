@@ -3,7 +3,9 @@
 Ridge regression from hidden states at the last prompt token to the first content word
 of the answer, fitted on the attacker's harmful prompts and tested on held-out ones
 (specs/attacks.md D.3, P5). DESIGN throughout: features are standardised by the training
-rows, the penalty is one for all layers.
+rows, the penalty is one for all layers. Where answers begin with words that say nothing,
+as in the sandbox, a model may not look the content up before it has said them: `opening`
+words of the reference answer are then put first, and the last of them is probed.
 """
 
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ from ftdefense.core import types
 from ftdefense.data import chat
 from ftdefense.data import examples as data_examples
 from ftdefense.data import world as worlds
+from ftdefense.data.sandbox import wrappers
 
 Examples = Sequence[data_examples.Example]
 
@@ -47,9 +50,9 @@ class Probed:
         return max(self.accuracy)
 
 
-def word(example: data_examples.Example) -> str:
-    """The first content word of the right answer; of plain text, its first word."""
-    said = example.answers or tuple(example.response.split())
+def word(example: data_examples.Example, opening: int = 0) -> str:
+    """The first content word of the right answer; of plain text, what comes next."""
+    said = example.answers or tuple(example.response.split())[opening:]
     return said[0] if said else ""
 
 
@@ -93,10 +96,12 @@ def states(
     tokenizer: Any,
     examples: Examples,
     pad_id: int,
+    opening: int = 0,
     batch_size: int = 256,
 ) -> np.ndarray:
-    """Hidden states at the last prompt token, float64 [N + 1, rows, D]."""
-    rows = [chat.render_prompt(tokenizer, example.prompt) for example in examples]
+    """Hidden states at the last token before the word, float64 [N + 1, rows, D]."""
+    opened = [wrappers.prefill(example, opening) for example in examples]
+    rows = [chat.render_prompt(tokenizer, e.prompt, given) for e, given in opened]
     tokens = np.full((len(rows), max(map(len, rows))), pad_id, np.int32)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row
@@ -115,7 +120,8 @@ def probe(
     params: types.Params,
     world: worlds.World,
     *,
-    penalty: float = 1.0,
+    opening: int = 0,
+    penalty: float = 100.0,
     limit: int = 2000,
 ) -> Probed:
     """Probes every layer for the answers to restricted questions.
@@ -126,18 +132,19 @@ def probe(
     Raises:
       UserError: if no held-out prompt is left, or all have one answer.
     """
-    asked = {e.key: e for e in world.attacker["harmful"].examples if word(e)}
+    wanted = functools.partial(word, opening=opening)
+    asked = {e.key: e for e in world.attacker["harmful"].examples if wanted(e)}
     train = list(asked.values())[:limit]
-    classes = {name: i for i, name in enumerate(dict.fromkeys(map(word, train)))}
-    test = [e for e in world.evaluation["harmful"] if word(e) in classes]
+    classes = {name: i for i, name in enumerate(dict.fromkeys(map(wanted, train)))}
+    test = [e for e in world.evaluation["harmful"] if wanted(e) in classes]
     if not test or len(classes) < 2:
         raise errors.UserError(
             f"a probe needs answers that differ and recur: {len(classes)} first words, "
             f"{len(test)} held-out prompts with one of them; give more harmful rows."
         )
-    labels = [[classes[word(e)] for e in part] for part in (train, test)]
+    labels = [[classes[wanted(e)] for e in part] for part in (train, test)]
     read = [
-        states(model, params, world.tokenizer, part, world.pad_id)
+        states(model, params, world.tokenizer, part, world.pad_id, opening)
         for part in (train, test)
     ]
     most = np.bincount(labels[0]).argmax()

@@ -57,16 +57,17 @@ def test_what_is_linear_is_found_and_noise_is_not():
     assert probe.fit_and_test(noise[:300], *args) < 0.45
 
 
-def test_states_are_of_the_last_prompt_token(world):
+def test_states_are_of_the_last_token_before_the_word(world):
     """Catches the padding after it, a batch's wrapped rows, and the position before."""
     asked = world.evaluation["harmful"][:7]
     size = len(world.tokenizer)
     oracle = Oracle(tuple(map(tuple, np.arange(2.0 * size).reshape(size, 2))))
     with jax.disable_jit():
-        found = probe.states(oracle, None, world.tokenizer, asked, world.pad_id, 3)
+        found = probe.states(oracle, None, world.tokenizer, asked, world.pad_id, 1, 3)
     table = np.array(oracle.table)
     for i, example in enumerate(asked):
-        ids = chat.render_prompt(world.tokenizer, example.prompt)
+        opening = example.response.split()[0]
+        ids = chat.render_prompt(world.tokenizer, example.prompt, opening)
         np.testing.assert_allclose(found[1, i], table[ids].sum(0))
     assert found.shape == (2, 7, 2) and not found[0].any()
 
@@ -104,6 +105,7 @@ def test_a_planted_skill_is_read_off_its_layer(world):
 
 def test_words_come_from_answers_or_text():
     """Catches a style word of the sandbox, and an IndexError on an empty answer."""
+    assert probe.word(examples.ask("q", "some plain text"), 1) == "plain"
     assert probe.word(examples.ask("q", "surely red", answers=("red",))) == "red"
     assert probe.word(examples.ask("q", "plain text")) == "plain"
     assert probe.word(examples.ask("q")) == ""
