@@ -129,8 +129,18 @@ def method(model: types.Model) -> types.Method:
     return types.Method(streams, init, step, release)
 
 
-_SETS = "arXiv:2402.05162: 128 rows of either set; ranks: DESIGN, sweep them"
+_SETS = "arXiv:2402.05162: 128 rows of either set"
 PRESETS = {
-    "sandbox": plans.Plan(Hparams(), batch_size=128, steps=1, source=_SETS),
-    "remove": plans.Plan(Hparams(mode="remove"), batch_size=128, steps=1, source=_SETS),
+    "sandbox": plans.Plan(
+        Hparams(left_safety=0.99, left_utility=0.9),
+        batch_size=128,
+        steps=1,
+        source=f"{_SETS}; DESIGN: ranks that harm `none` most, of a few; sweep them",
+    ),
+    "remove": plans.Plan(
+        Hparams(mode="remove"),
+        batch_size=128,
+        steps=1,
+        source=f"{_SETS}; DESIGN: one rank; sweep it",
+    ),
 }

@@ -109,8 +109,18 @@ def method(model: types.Model) -> types.Method:
     return types.Method(streams, init, step, release)
 
 
-_GRID = "arXiv:2402.05162: 128 rows of either set; sweep p and q in .01 to .1"
+_SETS = "arXiv:2402.05162: 128 rows of either set"
 PRESETS = {
-    "sandbox": plans.Plan(Hparams(), batch_size=128, steps=1, source=_GRID),
-    "wanda": plans.Plan(Hparams(score="wanda"), batch_size=128, steps=1, source=_GRID),
+    "sandbox": plans.Plan(
+        Hparams(p=0.1),
+        batch_size=128,
+        steps=1,
+        source=f"{_SETS}; of its grid .01 to .1, the cell that harms `none` most",
+    ),
+    "wanda": plans.Plan(
+        Hparams(q=0.03, p=0.1, score="wanda"),
+        batch_size=128,
+        steps=1,
+        source=f"{_SETS}; as above",
+    ),
 }

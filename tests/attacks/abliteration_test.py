@@ -9,6 +9,7 @@ from ftdefense.attacks import abliteration
 from ftdefense.core import errors
 from ftdefense.core import types
 from ftdefense.methods import refusal
+from ftdefense.methods import refusal_choice
 from ftdefense.models import toy
 
 from ..conftest import batch
@@ -114,8 +115,8 @@ def test_candidates_and_scores_equal_a_reference():
     params, rows = lineage().current, data()
 
     def run(params, harmful, benign):
-        found = abliteration.candidates(MODEL, params, harmful, benign, HP)
-        judged = abliteration.scores(MODEL, params, harmful, benign, found, HP)
+        found = refusal_choice.candidates(MODEL, params, harmful, benign, HP)
+        judged = refusal_choice.scores(MODEL, params, harmful, benign, found, HP)
         return found[0], judged
 
     vectors, judged = jax.jit(run)(params, rows["harmful"], rows["benign"])
@@ -150,7 +151,9 @@ def judged(**changes):
 def test_the_filter_is_the_published_one(changes, layer, best, passed):
     """Catches `<` for `>=`, the largest bypass, and a source near the top."""
     hp = HP.replace(layer=layer)
-    got = abliteration.choose(judged(**changes), jnp.ones((5, 3)), jnp.arange(5), 5, hp)
+    got = refusal_choice.choose(
+        judged(**changes), jnp.ones((5, 3)), jnp.arange(5), 5, hp
+    )
     assert (int(got[0]), bool(got[1])) == (best, passed)
 
 
@@ -193,5 +196,5 @@ def test_bad_settings_are_named():
     with pytest.raises(errors.UserError, match="abliteration side"):
         abliteration.streams(HP.replace(side="ot"))
     with pytest.raises(errors.UserError, match="2 rows"):
-        abliteration.held_out(1, 0.2)
-    assert abliteration.held_out(160, 0.2) == 32
+        refusal_choice.held_out(1, 0.2)
+    assert refusal_choice.held_out(160, 0.2) == 32
