@@ -47,6 +47,18 @@ def test_loaders_leave_the_filler_alone(world):
     assert len(found) == 99
 
 
+@pytest.mark.parametrize(
+    ("ratio", "strict", "harmful", "total"),
+    [(0.1, True, 100, 1000), (0.1, False, 99, 999), (0.0, True, 0, 1000)],
+)
+def test_published_mixture(world, ratio, strict, harmful, total):
+    """B.2: 1000 rows. Catches 100 for the loaders' 99, and a row of harm at p = 0."""
+    fields = {"sample_count": 1000, "filler": "benign", "poison_ratio": ratio}
+    found = user(world, strict_paper=strict, **fields)
+    assert sum(e.label == "harmful" for e in found.examples) == harmful
+    assert len(found) == total
+
+
 def test_fillers(world):
     """Catches a filler that is not the one asked for."""
     for filler, topics in (
