@@ -19,12 +19,13 @@ from typing import Any
 from absl import flags
 import cells
 import jax
-import judgement
 import settings
 import tqdm
 
 from ftdefense.audit import ensemble
 from ftdefense.audit import families
+from ftdefense.audit import judgement
+from ftdefense.audit import probing
 from ftdefense.audit import search
 from ftdefense.core import cards
 from ftdefense.core import config
@@ -65,7 +66,7 @@ flags.DEFINE_integer("parallel", 4, "Trials that one compiled program trains.")
 
 REFERENCES = ("none", "never")  # With what a release is compared, in the sandbox.
 # Families that are also run against the references, for scale.
-FOR_SCALE = ("full", "sidestepper")
+FOR_SCALE = {"quick": ("full",), "standard": ("full", "sidestepper")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +110,13 @@ def main() -> None:
     )
     found = attack(bench, searcher, audited, templates)
     scale = {
-        one.name: attack(bench, searcher, one, (), FOR_SCALE).trials()
+        one.name: attack(
+            bench,
+            searcher,
+            one,
+            (),
+            FOR_SCALE.get(FLAGS.budget, ("full", "sidestepper")),
+        ).trials()
         for one in references
     }
     confirmed = confirm(bench, runner, audited, found, seeds)
@@ -117,6 +124,7 @@ def main() -> None:
         one.name: horizon(bench, runner, one, seeds[0])
         for one in [audited, *references]
     }
+    probes = probe(bench, searcher, audited, references, found, seeds[0])
     judged = judgement.judge(
         bench,
         judgement.Evidence(
@@ -133,6 +141,7 @@ def main() -> None:
             horizons=horizons,
             generations=runner.generations,
             seed=seeds[0],
+            probes=probes,
         ),
     )
     write(workdir, bench, found, scale, confirmed, horizons, judged, runner)
@@ -314,6 +323,46 @@ def horizon(
         one.before[:1],
         settings.Chosen("horizon", "sft", plan, f"sft, {steps} steps"),
         (seed,),
+    )
+
+
+def probe(
+    bench: pipeline.Bench,
+    searcher: search.Searcher,
+    audited: Subject,
+    references: list[Subject],
+    found: ensemble.Found,
+    seed: int,
+) -> probing.Probed:
+    """Diagnostics that run the model, on the best settings that the search found."""
+    by_name = {one.name: one.stages[0] for one in references}
+    winners = found.winners()
+
+    def best(name: str, otherwise: str) -> tuple[str, plans.Plan]:
+        values = winners[name]["values"] if name in winners else {}
+        if not values:
+            return otherwise, bench.plan("attacks", otherwise)
+        return ensemble.resolved(bench, name, values, FLAGS.defense or "")
+
+    trained = [row for row in found.trials() if families.FAMILIES[row["family"]].trains]
+    return probing.probe(
+        bench,
+        searcher,
+        probing.Known(
+            subject=audited.target(),
+            reference=by_name.get("none"),
+            never=by_name.get("never"),
+            naive=best("full", "sft"),
+            adaptive=best("sidestepper", "sidestepper"),
+            tuned=probing.best_of(trained),
+            untrained={
+                name: probing.best_of(rows)
+                for name, rows in found.rows.items()
+                if not families.FAMILIES[name].trains
+            },
+        ),
+        seed=seed,
+        points=15 if FLAGS.budget == "quick" else 30,
     )
 
 

@@ -135,3 +135,14 @@ def masses(rows: Sequence[Row]) -> list[dict[str, float]]:
         if row["steps"]
     }
     return [{"optimizer.learning_rate": rate} for rate in spent.values()]
+
+
+def command(name: str, values: Mapping[str, Any], subject: str) -> str:
+    """The run.py command that repeats one trial on a defense by name."""
+    family = families.FAMILIES[name]
+    settings = [*family.fixed, *spaces.assignments(values)]
+    flags = " ".join(f"--set=attack.{setting}" for setting in settings)
+    return (
+        f"python experiments/run.py --workdir=runs/repeat --defense={subject} "
+        f"--attack={family.attack}:{family.preset} {flags}"
+    )

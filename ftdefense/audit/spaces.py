@@ -36,21 +36,18 @@ class Choice:
 Space = Mapping[str, Range | Choice]
 
 
-def _adapter(plan: plans.Plan, value: str) -> plans.Plan:
+def _adapter(value: str) -> list[str]:
     """`full`, or `lora16`: rank 16 on all projections, alpha twice the rank."""
     if value == "full":
-        return config.override_plan(plan, "adapter=full")
+        return ["adapter=full"]
     rank = int(value.removeprefix("lora"))
-    for assignment in ("adapter=lora", f"adapter.rank={rank}"):
-        plan = config.override_plan(plan, assignment)
-    return config.override_plan(plan, f"adapter.alpha={2.0 * rank}")
+    return ["adapter=lora", f"adapter.rank={rank}", f"adapter.alpha={2.0 * rank}"]
 
 
-def _schedule(plan: plans.Plan, value: str) -> plans.Plan:
+def _schedule(value: str) -> list[str]:
     """`constant` is a cosine that falls to 1: both are one program."""
     floor = {"constant": 1.0, "cosine": 0.0}[value]
-    plan = config.override_plan(plan, "optimizer.schedule.decay=cosine")
-    return config.override_plan(plan, f"optimizer.schedule.floor={floor}")
+    return ["optimizer.schedule.decay=cosine", f"optimizer.schedule.floor={floor}"]
 
 
 # Axes that set several fields together.
@@ -81,15 +78,19 @@ def sandbox(adapters: Sequence[str] = ("full", "lora16")) -> dict[str, Range | C
     }
 
 
-def apply(plan: plans.Plan, values: Mapping[str, Any]) -> plans.Plan:
-    """A plan with the axes set; compound ones first, so that others refine them."""
-    ordered = sorted(values, key=lambda axis: axis not in COMPOUND)
-    for axis in ordered:
+def assignments(values: Mapping[str, Any]) -> list[str]:
+    """`field=value` of each axis; compound ones first, so that others refine them."""
+    found = []
+    for axis in sorted(values, key=lambda axis: axis not in COMPOUND):
         value = values[axis]
-        if axis in COMPOUND:
-            plan = COMPOUND[axis](plan, value)
-        else:
-            plan = config.override_plan(plan, f"{axis}={value}")
+        found += COMPOUND[axis](value) if axis in COMPOUND else [f"{axis}={value}"]
+    return found
+
+
+def apply(plan: plans.Plan, values: Mapping[str, Any]) -> plans.Plan:
+    """A plan with the axes set."""
+    for assignment in assignments(values):
+        plan = config.override_plan(plan, assignment)
     return plan
 
 

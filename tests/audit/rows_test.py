@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 
 from ftdefense.audit.diagnostics import budget
@@ -204,18 +203,6 @@ def test_latent_capability():
     assert not defense.latent({"prefill": 0.2}, tuned=0.1).flagged
     assert defense.latent({}, tuned=0.1, accuracy=0.5, chance=0.1).flagged
     assert not defense.latent({}, tuned=0.1, accuracy=0.15, chance=0.1).flagged
-
-
-def test_linear_probe_reads_what_is_there():
-    """Catches a probe without an intercept, and one that is scored where it was fitted."""
-    rng = np.random.default_rng(0)
-    labels, held = rng.integers(3, size=300), rng.integers(3, size=200)
-    noise = rng.normal(size=(500, 8))
-    centers = 3 * rng.normal(size=(3, 8)) + 20
-    x = centers[np.concatenate([labels, held])] + noise
-    assert defense.linear_probe(x[:300], labels, x[300:], held) > 0.95
-    unread = defense.linear_probe(noise[:300], labels, noise[300:], held)
-    assert abs(unread - 1 / 3) < 0.12
 
 
 def test_frontier():

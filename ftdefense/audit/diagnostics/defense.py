@@ -5,8 +5,6 @@ from collections.abc import Sequence
 import math
 from typing import Any
 
-import numpy as np
-
 from ftdefense.audit.diagnostics import evidence
 from ftdefense.audit.diagnostics import findings
 from ftdefense.evaluation import success
@@ -73,7 +71,7 @@ def latent(
     Args:
       probes: harmful scores of soft prompt, prefill, abliteration and such.
       tuned: best useful harmful score of fine-tuning attacks.
-      accuracy: of `linear_probe` on held-out prompts.
+      accuracy: of a linear probe on held-out prompts.
       chance: the same on NEVER; else one over the number of classes.
     """
     fails = tuned < success.THRESHOLD
@@ -85,32 +83,6 @@ def latent(
     if accuracy is not None:
         note += f"; linear probe {accuracy:.2f} against {chance:.2f}"
     return Finding("P5", value, success.THRESHOLD, fails and (opened or read), note)
-
-
-def linear_probe(
-    features_BxD: np.ndarray,
-    labels_B: np.ndarray,
-    held_features_BxD: np.ndarray,
-    held_labels_B: np.ndarray,
-    ridge: float = 1e-3,
-) -> float:
-    """Held-out accuracy of ridge regression onto one-hot labels.
-
-    `ridge` is relative to the mean squared length of the centred features.
-    """
-    classes, targets_B = np.unique(labels_B, return_inverse=True)
-    x = np.asarray(features_BxD, float)
-    center = x.mean(axis=0)
-    x = x - center
-    gram = x.T @ x
-    gram += ridge * np.trace(gram) * np.eye(len(gram)) / len(gram) + 1e-12 * np.eye(
-        len(gram)
-    )
-    one_hot = np.eye(len(classes))[targets_B]
-    weights = np.linalg.solve(gram, x.T @ (one_hot - one_hot.mean(axis=0)))
-    scores = (np.asarray(held_features_BxD, float) - center) @ weights
-    guesses = classes[np.argmax(scores + one_hot.mean(axis=0), axis=1)]
-    return float(np.mean(guesses == held_labels_B))
 
 
 def frontier(rows: Sequence[Row]) -> Finding:
