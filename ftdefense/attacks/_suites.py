@@ -181,6 +181,6 @@ SANDBOX_RATES = {
     "spectra_adam": 3e-4,
     "spectra_adamw": 3e-4,
     "spectra_lion": 3e-5,
-    "spectra_muon": 3e-3,
-    "spectra_sgd": 1e-2,
+    "spectra_muon": 3e-4,
+    "spectra_sgd": 1e-3,
 }
