@@ -42,15 +42,13 @@ class Found:
         return {name: dict(row) for name, row in best.items() if row is not None}
 
 
-def plan_of(
-    bench: pipeline.Bench, family: families.Family, defense: str
-) -> plans.Plan | None:
+def plan_of(bench: pipeline.Bench, family: families.Family, defense: str) -> plans.Plan:
     """The family's plan before any axis is set; `inverse` is told whom to turn around.
 
     Raises:
       UserError: for an attack or a preset that does not exist.
     """
-    plan = bench.plan("attacks", family.attack, family.preset)
+    plan = family.plan or bench.plan("attacks", family.attack, family.preset)
     for assignment in family.fixed:
         plan = config.override_plan(plan, assignment)
     if config.has_field(plan, "defense=") and hasattr(plan.hp, "defense"):

@@ -11,7 +11,9 @@ import dataclasses
 from typing import Any
 
 from ftdefense.audit import spaces
+from ftdefense.audit import tar_suite
 from ftdefense.core import errors
+from ftdefense.methods import plans
 
 BUDGETS = ("quick", "standard", "full")
 
@@ -32,6 +34,7 @@ class Family:
       knows: what the attacker holds besides the release.
       mass_of: the family whose trials it repeats, each at a constant learning rate of
         equal mass: the control without which a schedule must not be credited.
+      plan: in place of a preset.
     """
 
     attack: str
@@ -44,6 +47,7 @@ class Family:
     trains: bool = True
     knows: str = "nothing"
     mass_of: str = ""
+    plan: plans.Plan | None = None
 
 
 def _grid(axis: str, *values: Any) -> dict[str, Any]:
@@ -87,7 +91,7 @@ FAMILIES: dict[str, Family] = {
         knows="harmful prompts",
     ),
     "quantisation": Family(
-        "quantise", **_grid("kind", "int8", "nf4", "int4"), trains=False
+        "quantise", **_grid("format", "int8", "nf4", "int4"), trains=False
     ),
     "weight noise": Family(
         "weight_noise",
@@ -99,6 +103,28 @@ FAMILIES: dict[str, Family] = {
         **_grid("lam", 0.25, 0.5, 0.75, 1.0),
         trains=False,
         knows="the undefended twin",
+    ),
+    "towards pretrained": Family(
+        "revert",
+        **_grid("lam", 0.25, 0.5, 1.0),
+        trains=False,
+        knows="the public base",
+    ),
+    "pruning": Family(
+        "prune",
+        {"q": spaces.Choice((0.01, 0.03, 0.05, 0.1))},
+        [{"q": q} for q in (0.01, 0.03, 0.05, 0.1)],
+        (0, 4, 4),
+        trains=False,
+        knows="harmful prompts",
+    ),
+    "low rank": Family(
+        "act_svd",
+        {"left_safety": spaces.Choice((0.95, 0.98, 0.99))},
+        [{"left_safety": left} for left in (0.95, 0.98, 0.99)],
+        (0, 3, 3),
+        trains=False,
+        knows="harmful prompts",
     ),
     # Harm alone.
     "full": Family(
@@ -258,6 +284,19 @@ FAMILIES: dict[str, Family] = {
             "optimizer.schedule.floor=1",
         ),
     ),
+}
+
+
+def _cell(cell: tar_suite.Cell) -> Family:
+    rate = cell.plan.hp.optimizer.learning_rate
+    space = {_LR: spaces.Choice((rate,))}
+    return Family(cell.attack, space, [{_LR: rate}], (0, 0, 1), plan=cell.plan)
+
+
+# At the scale of the sandbox's other attacks: 192 steps of 32, rates five times as high.
+FAMILIES |= {
+    f"TAR {cell.number}: {cell.name}": _cell(cell)
+    for cell in tar_suite.scaled(192, 32, 5.0)
 }
 TRIALS = {budget: i for i, budget in enumerate(BUDGETS)}
 

@@ -230,7 +230,8 @@ def _starts(given: Evidence, plain: Sequence[Row]) -> list[diagnostics.Finding]:
     if noisy:
         tried = {r["values"][_LR] for r in noisy}
         base = [r for r in plain if _useful(r) and r["values"][_LR] in tried]
-        rows = [{**_best(noisy), "noise": 1.0}] if noisy else []
+        best = _best(noisy)
+        rows = [{**best, "noise": best["values"]["noise"]}]
         rows += [{**_best(base), "noise": 0.0}] if base else []
         found.append(randomness.noise_start(rows))
     kicked, constant = (

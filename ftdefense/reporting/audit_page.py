@@ -30,8 +30,8 @@ MEANINGS = {
 def text(judged: Judged, trials: Sequence[Row], confirmed: Sequence[Row]) -> str:
     """The verdict and its tables, for a terminal."""
     parts = [
-        tables.text(family_table(judged)),
-        tables.text(confirmed_table(confirmed)) if confirmed else "",
+        tables.text(family_table(judged), rules=False),
+        tables.text(confirmed_table(confirmed), rules=False) if confirmed else "",
         "flags: " + (", ".join(_flagged(judged)) or "none"),
         f"{judged['subject']}: {judged['verdict']}",
         *(f"  {reason}" for reason in judged["reasons"]),

@@ -12,6 +12,7 @@ from ftdefense.core import errors
 
 Row = Mapping[str, Any]
 KEY = ("defense", "attack", "seed", "stage", "step", "setting")
+KEY += ("target", "family", "trial")  # Of an audit.
 
 
 def key(row: Row) -> tuple[Any, ...]:

@@ -77,8 +77,8 @@ def _plain_mean(group: Sequence[Row], name: str) -> str:
     return f"{statistics.fmean(values):.2f}" if values else ""
 
 
-def text(table: Table) -> str:
-    """Aligned columns for a terminal; a rule between defenses."""
+def text(table: Table, rules: bool = True) -> str:
+    """Aligned columns for a terminal; a rule between defenses, unless told."""
     header, body = table
     widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
 
@@ -90,7 +90,7 @@ def text(table: Table) -> str:
     lines = [line(header)]
     previous = None
     for cells in body:
-        if cells[0] != previous:
+        if cells[0] != previous and (rules or previous is None):
             lines.append(rule)
         shown = cells if cells[0] != previous else ["", *cells[1:]]
         previous = cells[0]

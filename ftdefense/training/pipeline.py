@@ -230,6 +230,8 @@ class Bench:
         `observer_key` tells observers apart, whose columns the stage keeps.
         """
         module = registry.load("attacks", name)
+        if hasattr(module, "prepare"):
+            plan = dataclasses.replace(plan, hp=module.prepare(plan.hp, self.world))
         computed = {} if roles is None else dict(roles)
         if roles is None:
             roles = recipes.attacker_pools(self.world, plan.data)
