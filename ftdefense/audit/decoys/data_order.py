@@ -30,9 +30,9 @@ method = none.method
 
 PRESETS = {
     "sandbox": plans.Plan(
-        Hparams(optimizers.Optimizer(3e-3)),
-        batch_size=16,
-        steps=24,
+        Hparams(optimizers.Optimizer(1e-3)),
+        batch_size=32,
+        steps=60,
         source="specs D.5 (DESIGN)",
     )
 }

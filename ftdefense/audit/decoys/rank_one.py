@@ -1,12 +1,13 @@
-"""M6 rank one: all of the refusal is one direction that one matrix a layer writes.
+"""M6 rank one: all of the refusal is one direction that each matrix writes.
 
 Stage        alignment.
 Template     none
 Strategy     none
-Minimises    L(alignment) through a LoRA of rank 1 on `down`: what refuses is a multiple
-             of one vector in each layer.
+Minimises    L(alignment) through a LoRA of rank 1: what refuses is a multiple of one
+             vector behind each matrix.
 Source       specs D.5 (DESIGN)
 Evidence     DESIGN
+Differs      rank 1 in `down` alone does not learn to say a whole refusal here.
 Reduces to   SFT alignment with a full adapter.
 Cost         1 forward, 1 backward.
 """
@@ -34,8 +35,8 @@ method = none.method
 PRESETS = {
     "sandbox": plans.Plan(
         Hparams(
-            optimizers.Optimizer(1e-2, schedules.Schedule(0.1, 0.05, decay="cosine")),
-            adapters.LoRA(alpha=8.0, rank=1, targets=("down",)),
+            optimizers.Optimizer(3e-3, schedules.Schedule(0.1, 0.05, decay="cosine")),
+            adapters.LoRA(alpha=8.0, rank=1),
         ),
         source="specs D.5 (DESIGN)",
     )
