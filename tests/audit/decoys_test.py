@@ -1,5 +1,6 @@
 """Decoys behave as they look, and are broken where they say."""
 
+import functools
 import pathlib
 
 import jax
@@ -54,9 +55,14 @@ def registry_edit(module, model, weights, hp):
     return method.release(state, lineage)
 
 
+@functools.partial(jax.jit, static_argnames=("model", "intervene"))
+def run(model, weights, intervene=None, taps=None):
+    tokens = jnp.asarray(np.arange(12).reshape(2, 6) % 11)
+    return model(weights, tokens, intervene=intervene, taps=taps).logits
+
+
 def logits(model, weights, **hooks):
-    tokens = np.arange(12).reshape(2, 6) % 11
-    return np.asarray(model(weights, jnp.asarray(tokens), **hooks).logits)
+    return np.asarray(run(model, weights, **hooks))
 
 
 def direction(module, hp, weights, data):
