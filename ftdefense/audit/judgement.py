@@ -155,7 +155,7 @@ def _from_trials(given: Evidence) -> list[diagnostics.Finding]:
         {**r, "learning_rate": r["values"][_LR], "optimizer": "adamw"} for r in plain
     ]
     swapped = [
-        {**r, "optimizer": r["values"]["optimizer.kind"]}
+        {**r, "optimizer": r["values"]["optimizer"]}
         for r in given.of("optimizers")
         if _useful(r)
     ]

@@ -12,6 +12,7 @@ from typing import Any
 
 from ftdefense.core import config
 from ftdefense.methods import plans
+from ftdefense.methods import preconditioners
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +51,15 @@ def _schedule(value: str) -> list[str]:
     return ["optimizer.schedule.decay=cosine", f"optimizer.schedule.floor={floor}"]
 
 
+def _optimizer(value: str) -> list[str]:
+    """A kind with its usual numbers: those of AdamW would be wrong for it."""
+    numbers = preconditioners.NUMBERS.get(value, {})
+    fields = {"kind": value, **numbers}
+    return [f"optimizer.{name}={number}" for name, number in fields.items()]
+
+
 # Axes that set several fields together.
-COMPOUND = {"adapter": _adapter, "schedule": _schedule}
+COMPOUND = {"adapter": _adapter, "schedule": _schedule, "optimizer": _optimizer}
 
 
 def tamperbench(full: bool = False) -> dict[str, Range | Choice]:

@@ -97,7 +97,6 @@ def learning_rate_mass(hp: types.Hparams, steps: int) -> float:
 
 
 def lora_scale(hp: types.Hparams) -> float | None:
-    """alpha / rank; None for full parameters."""
+    """alpha / rank, or alpha / sqrt(rank); None where there is no such factor."""
     adapter = getattr(hp, "adapter", None)
-    rank = getattr(adapter, "rank", None)
-    return None if rank is None else float(adapter.alpha) / rank
+    return float(adapter.scale()) if hasattr(adapter, "rank") else None
