@@ -144,7 +144,7 @@ def main() -> None:
             probes=probes,
         ),
     )
-    write(workdir, bench, found, scale, confirmed, horizons, judged, runner)
+    write(workdir, bench, audited, found, scale, confirmed, horizons, judged, runner)
     print(audit_page.text(judged, found.trials(), confirmed))
     print(f"\n{workdir / 'audit.html'}")
 
@@ -371,11 +371,13 @@ def _no_plan() -> plans.Plan:
     return plans.Plan(None)
 
 
-def write(workdir, bench, found, scale, confirmed, horizons, judged, runner) -> None:
+def write(
+    workdir, bench, audited, found, scale, confirmed, horizons, judged, runner
+) -> None:
     """Rows, generations, verdict and the page."""
     trials = [*found.trials(), *(row for rows in scale.values() for row in rows)]
     result_rows.write(workdir / "trials.jsonl", trials)
-    result_rows.write(workdir / "results.jsonl", confirmed)
+    result_rows.write(workdir / "results.jsonl", [*audited.before, *confirmed])
     lines = (json.dumps(one, sort_keys=True) for one in runner.generations)
     result_rows.write_text(workdir / "generations.jsonl", "\n".join(lines) + "\n")
     checkpoint.write_json(workdir / "verdict.json", judged)

@@ -32,6 +32,9 @@ from ftdefense.training import stages
 FLAGS = flags.FLAGS
 
 flags.DEFINE_string("workdir", None, "Folder for results and finished stages.")
+flags.DEFINE_string(
+    "stages", None, "Folder of finished stages, for work directories to share."
+)
 flags.DEFINE_string("preset", "small", "Sandbox size: tiny, small or medium.")
 flags.DEFINE_integer("world_seed", 0, "Seed of the sandbox and its pretraining.")
 flags.DEFINE_list("seeds", ["0"], "Seeds of defense and attack, comma-separated.")
@@ -122,6 +125,10 @@ def workdir() -> pathlib.Path:
     return pathlib.Path(FLAGS.workdir)
 
 
+def _stages() -> pathlib.Path:
+    return pathlib.Path(FLAGS.stages) if FLAGS.stages else workdir()
+
+
 def seeds() -> list[int]:
     """--seeds as numbers."""
     try:
@@ -179,7 +186,7 @@ def bench() -> pipeline.Bench:
     return pipeline.Bench(
         world,
         dataclasses.replace(model, config=shape),
-        workdir(),
+        _stages(),
         budgets.preset(FLAGS.preset),
         world_seed=FLAGS.world_seed,
         derived=_DERIVED,
@@ -233,7 +240,7 @@ def _own_bench() -> pipeline.Bench:
     return pipeline.Bench(
         world,
         model,
-        workdir(),
+        _stages(),
         budgets.OWN_MODEL,
         pretrained=pretrained,
         aligned=given if aligned else None,
