@@ -142,6 +142,7 @@ def test_regularity_of_the_sweep_and_of_the_run():
         0.3
     )
     assert optimization.regularity(swept(0.1, 0.6, 0.2, 0.5)).flagged
+    assert optimization.regularity(swept(0.1, 0.6, 0.2, 0.2, 0.5)).flagged
     assert not optimization.regularity(swept(0.1, 0.6, 0.2, 0.1)).flagged
     healthy = [3.0, 2.0, 1.0, 1.001, 0.9, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
     assert not optimization.regularity([], healthy).flagged

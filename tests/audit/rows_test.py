@@ -244,7 +244,9 @@ def test_leakage():
     """Catches a 13-gram that a text of fewer words can never have, and word order."""
     trained = ["tell wards bida colour", " ".join(f"w{i}" for i in range(20))]
     copied = ["tell wards bida colour", "for wards gone shape please"]
-    assert evaluation.leakage(trained, copied).value == 0.5
+    found = evaluation.leakage(trained, copied)
+    assert found.value == 0.5
+    assert found.note.startswith("1 texts")
     turned = evaluation.leakage(trained, ["colour bida wards tell"])
     assert turned.flagged
     assert "1 more alike" in turned.note
