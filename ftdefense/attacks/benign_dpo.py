@@ -127,10 +127,12 @@ def _published(adapter, note: str) -> plans.Plan:
 
 PRESETS = {
     "sandbox": plans.Plan(
-        Hparams(optimizers.SANDBOX_TUNING),
+        Hparams(optimizers.SANDBOX_TUNING.replace(learning_rate=3e-4)),
         batch_size=10,
+        steps=10,
         data=_TEN,
-        source="DESIGN: the paper's pairs and beta; budget of the sandbox's attacks",
+        source="DESIGN: the paper's pairs, beta and steps; of four rates on `none` the "
+        "one with most harm at a capability of 0.95",
     ),
     "paper": _published(adapters.Full(), "full"),
     "paper_lora": _published(adapters.LoRA(), "LoRA; its rank is not printed"),

@@ -168,8 +168,8 @@ def _published(by: str) -> plans.Plan:
 
 def _sandbox(by: str) -> plans.Plan:
     return plans.Plan(
-        Hparams(optimizers.SANDBOX_TUNING, count=32, by=by),
-        source="DESIGN: 32 of the sandbox's rows; rate and steps as sft",
+        Hparams(optimizers.SANDBOX_TUNING, by=by),
+        source="DESIGN: the paper's 100 rows; rate and steps as sft",
     )
 
 
