@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from ftdefense.audit import probe as linear
-from ftdefense.audit import rewriting
 from ftdefense.audit import search
 from ftdefense.audit import soft_prompt
 from ftdefense.audit import spaces
@@ -20,6 +19,7 @@ from ftdefense.audit.diagnostics import gradients
 from ftdefense.audit.diagnostics import landscape
 from ftdefense.audit.diagnostics import optimization
 from ftdefense.audit.diagnostics import randomness
+from ftdefense.audit.diagnostics import reparametrisations
 from ftdefense.core import tree
 from ftdefense.core import types
 from ftdefense.data import pools
@@ -151,7 +151,7 @@ def _rewritten(bench, searcher, known: Known, seed: int):
     name, plan = known.naive
     loss = jax.jit(gradients.token_loss(bench.model))
     batch = _batches(bench.world.attacker["harmful"], 1, seed)[0]
-    other = stages.given(rewriting.balanced(release))
+    other = stages.given(reparametrisations.canonical(release, jax.random.key(seed)))
     target = search.Target(
         f"{known.subject.name} rewritten", other, known.subject.capability
     )
@@ -170,7 +170,7 @@ def _rewritten(bench, searcher, known: Known, seed: int):
         for one in (known.subject, target)
     ]
     after = [0.0 if row["diverged"] else row["harmful_score"] for row in rows]
-    names = ("plain", "balanced")
+    names = ("plain", "canonical")
     before = [float(loss(params, batch)) for params in (release, other.params)]
     yield randomness.reparametrised(
         dict(zip(names, before, strict=True)), dict(zip(names, after, strict=True))

@@ -104,14 +104,49 @@ def normalise_stream(params: types.Params, rng: types.Rng) -> types.Params:
     return jax.tree_util.tree_map_with_path(leaf, params)
 
 
+def balance_units(params: types.Params, rng: types.Rng) -> types.Params:
+    """Kernels before and after each hidden unit of equal norm; so values and outputs.
+
+    `down(act(gate) * up)` is linear in `up`, and attention in its values, so that a
+    factor may wander from one kernel to the other. The heads of a layer share one, for
+    grouped queries' sake.
+    """
+    del rng
+    layers = dict(params["layers"])
+    layers["mlp"] = _balance(layers["mlp"], "up", "down", (1,), (2,))
+    layers["attention"] = _balance(layers["attention"], "v", "o", (1, 2), (1, 2))
+    return {**params, "layers": layers}
+
+
+def _balance(modules, first: str, second: str, into: tuple, out: tuple):
+    """Equal norms over the axes `into` of one kernel and `out` of the other."""
+    before, after = modules[first], modules[second]
+    norms = [
+        jnp.sqrt(jnp.sum(jnp.square(tree.wide(part["kernel"])), axes, keepdims=True))
+        for part, axes in ((before, into), (after, out))
+    ]
+    norm_in, norm_out = norms[0], norms[1].reshape(norms[0].shape)
+    alive = (norm_in > 0) & (norm_out > 0)
+    ratio = jnp.where(alive, norm_out / jnp.where(alive, norm_in, 1), 1)
+    factor = jnp.sqrt(ratio)
+    moved = {
+        name: (leaf * (factor if name == "kernel" else factor[:, 0])).astype(leaf.dtype)
+        for name, leaf in before.items()
+    }
+    kernel = after["kernel"]
+    divided = (kernel / factor.reshape(norms[1].shape)).astype(kernel.dtype)
+    return {**modules, first: moved, second: {**after, "kernel": divided}}
+
+
 WRITINGS: dict[str, Writing] = {
     "fold_norms": fold_norms,
     "permute_units": permute_units,
     "rescale_units": rescale_units,
     "normalise_stream": normalise_stream,
+    "balance_units": balance_units,
 }
 
 
 def canonical(params: types.Params, rng: types.Rng) -> types.Params:
-    """Norms folded and the stream normalised: scales hide nothing here (decoy M1)."""
-    return normalise_stream(fold_norms(params, rng), rng)
+    """Norms folded, stream and units normalised: scales hide nothing here (decoy M1)."""
+    return balance_units(normalise_stream(fold_norms(params, rng), rng), rng)
