@@ -49,6 +49,21 @@ PROBES: dict[str, tuple[str, ...]] = {
 }
 LAMBDAS = (0.1, 0.3, 1.0, 3.0, 10.0)  # Of the SideStepper sweep.
 
+# What runs a probe, where it is an attack of its own (`ftdefense.attacks`); the others
+# are settings of `sft`, or measured without an attack.
+ATTACKS = {
+    "kick sweep": "kick_settle",
+    "kick": "kick_settle",
+    "noise start": "noise_start",
+    "sign flip": "sign_flip",
+    "refusal-then-harm switch": "relearn_switch",
+    "benign then harm": "relearn_switch:benign_first",
+    "SideStepper lambda sweep": "sidestepper",
+    "merge with original weights": "revert:original",
+    "abliteration": "abliteration",
+    "inverse edit": "revert",
+}
+
 # Stage of a defense's header -> the family of probes that has no letter.
 STAGES = {"fine_tuning": SERVICE, "post_fine_tuning": POST_HOC}
 

@@ -127,6 +127,15 @@ def test_every_defense_has_a_template_that_the_map_knows():
         templates.families(cards.card(registry.load("defenses", name))["Template"])
 
 
+def test_probes_name_attacks_that_are_there():
+    """Catches a probe under another name than the map's, and a preset that is gone."""
+    known = {probe for names in templates.PROBES.values() for probe in names}
+    assert set(templates.ATTACKS) <= known
+    for reference in templates.ATTACKS.values():
+        name, _, preset = reference.partition(":")
+        assert (preset or "sandbox") in registry.load("attacks", name).PRESETS
+
+
 def test_controls():
     """Catches a complaint that is not made."""
     won, lost = rows("sft", (True,) * 3), rows("dpo", (True, False, False))

@@ -27,7 +27,7 @@ from ftdefense.methods import plans
 STARTS_FROM = "aligned"
 # Seen by gradients that are too small, and by attacks on weights that are scaled back;
 # broken by learning rates `scale` times as large.
-FLAG = ("G1", "O1", "O4", "R4")
+FLAG = ("G1", "O1", "R4")
 
 
 @struct.dataclass
