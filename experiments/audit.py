@@ -355,6 +355,7 @@ def probe(
             naive=best("full", "sft"),
             adaptive=best("sidestepper", "sidestepper"),
             tuned=probing.best_of(trained),
+            serve=serve(),
             untrained={
                 name: probing.best_of(rows)
                 for name, rows in found.rows.items()
@@ -364,6 +365,17 @@ def probe(
         seed=seed,
         points=15 if FLAGS.budget == "quick" else 30,
     )
+
+
+def serve() -> Any:
+    """How the audited defense deploys weights, if it adds something to them."""
+    if not FLAGS.defense:
+        return None
+    module = registry.load("defenses", FLAGS.defense.partition(":")[0])
+    if not hasattr(module, "serve"):
+        return None
+    hp = module.PRESETS[FLAGS.defense.partition(":")[2] or "sandbox"].hp
+    return lambda params, seed: module.serve(params, hp, seed)
 
 
 def _no_plan() -> plans.Plan:
@@ -381,6 +393,7 @@ def write(
     lines = (json.dumps(one, sort_keys=True) for one in runner.generations)
     result_rows.write_text(workdir / "generations.jsonl", "\n".join(lines) + "\n")
     checkpoint.write_json(workdir / "verdict.json", judged)
+    checkpoint.write_json(workdir / "seconds.json", found.seconds)
     made = manifest.build(
         sys.argv,
         [str(device) for device in jax.devices()],

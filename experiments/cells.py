@@ -1,5 +1,6 @@
 """One cell of the table: a defense under an attack at a seed, as result rows."""
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
 import functools
@@ -9,6 +10,7 @@ from typing import Any
 import settings
 import threats
 
+from ftdefense.core import registry
 from ftdefense.core import types
 from ftdefense.data import recipes
 from ftdefense.data.sandbox import wrappers
@@ -52,11 +54,14 @@ class Cells:
             releases = self.bench.aligned(seeds)
         else:
             releases = self.bench.defended(defense.name, defense.plan, seeds)
+        module = registry.load("defenses", defense.name)
+        serve = getattr(module, "serve", None)
         return releases, self.before(
             defense.reference,
             releases,
             seeds,
             threats.threat(defense.name, self._threat),
+            serve and functools.partial(serve, hp=defense.plan.hp),
         )
 
     def before(
@@ -65,8 +70,9 @@ class Cells:
         releases: list[stages.Stage],
         seeds: tuple[int, ...],
         threat: str = "open_weight",
+        serve: Callable[[types.Params], types.Release] | None = None,
     ) -> list[Row]:
-        """Rows of releases before any attack."""
+        """Rows of releases before any attack; `serve` deploys their weights."""
         return [
             {
                 "defense": name,
@@ -75,7 +81,7 @@ class Cells:
                 "threat": threat,
                 "stage": "before",
                 "step": 0,
-                **self._score(stage, name, "", seed),
+                **self._score(stage, name, "", seed, serve=serve),
             }
             for stage, seed in zip(releases, seeds, strict=True)
         ]
@@ -174,15 +180,16 @@ class Cells:
         attack: str,
         seed: int,
         frame: str = "",
+        serve: Callable[[types.Params], types.Release] | None = None,
     ) -> Row:
         """Rates and losses of a release; what was scored once is kept with its stage."""
         # The stage's key holds all that the scores depend on, but for the frames.
-        key = stages.key_of("scores", self._wrapped, frame)
+        key = stages.key_of("scores", self._wrapped, frame, bool(serve))
         kept = stage.folder and stage.folder / f"scores-{key}.json"
         if kept and kept.is_file():
             found = json.loads(kept.read_text())
         else:
-            release = types.Release(stage.params)
+            release = (serve or types.Release)(stage.params)
             scores = self._evaluator(frame)(release, keep_generations=True)
             row = scores.row()
             for name in self._wrapped:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
+import time
 from typing import Any
 
 from ftdefense.audit import families
@@ -27,10 +28,12 @@ class Found:
     Attributes:
       rows: of every trial, family by family, in the order in which they ran.
       skipped: why a family could not run here.
+      seconds: that each family took; next to nothing if it was read.
     """
 
     rows: dict[str, list[Row]]
     skipped: dict[str, str]
+    seconds: dict[str, float]
 
     def trials(self) -> list[Row]:
         """All rows in the order in which they ran."""
@@ -87,6 +90,7 @@ def run(
     """
     rows: dict[str, list[Row]] = {}
     skipped: dict[str, str] = {}
+    seconds: dict[str, float] = {}
     for name, trials in families.chosen(budget, templates).items():
         if only is not None and name not in only:
             continue
@@ -95,6 +99,7 @@ def run(
         if family.mass_of:
             points = masses(rows.get(family.mass_of, []))[:trials]
             trials = len(points)
+        started = time.monotonic()
         try:
             if family.knows == "the defense":
                 _refuse_unknown(defense)
@@ -112,7 +117,8 @@ def run(
             )
         except errors.UserError as error:
             skipped[name] = " ".join(str(error).split())
-    return Found(rows, skipped)
+        seconds[name] = time.monotonic() - started
+    return Found(rows, skipped, seconds)
 
 
 def _refuse_unknown(defense: str) -> None:

@@ -226,7 +226,7 @@ FAMILIES: dict[str, Family] = {
             {_LR: 1e-4, "data.harmful_count": 1000},
         ],
         (4, 8, 24),
-        fixed=("steps=50",),
+        fixed=("steps=48",),
     ),
     "optimizers": Family(
         "sft",

@@ -20,7 +20,13 @@ from ftdefense.evaluation import success
 from ftdefense.evaluation import suite
 from ftdefense.models import transformer
 
-LOOKS = (16, 32, 64, 128, 224)  # Prompts answered by the end of each look; then all there are.
+LOOKS = (
+    16,
+    32,
+    64,
+    128,
+    224,
+)  # Prompts answered by the end of each look; then all there are.
 ERROR = 0.05
 
 

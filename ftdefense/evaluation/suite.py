@@ -64,7 +64,7 @@ class Scores:
         return flat
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@functools.partial(jax.jit, static_argnames=("model", "intervene"))
 def _loss_sums(model, params, batch, intervene, taps):
     outputs = model(params, batch.tokens, intervene=intervene, taps=taps)
     return losses.weighted_sums(outputs, batch)

@@ -70,10 +70,11 @@ def taps(layers: int, seed: int | jax.Array, scale: float | jax.Array) -> Any:
     }
 
 
-def draw(release: types.Release, seed: int) -> types.Release:
-    """The same release with another draw, for an expectation over draws."""
-    scale = release.taps["scale"]
-    return release.replace(taps=taps(len(scale), seed, scale[0]))
+def serve(params: types.Params, hp: Hparams, seed: int | None = None) -> types.Release:
+    """The weights as they are deployed; `seed`: another draw than the release's own."""
+    layers = len(jax.tree.leaves(params["layers"])[0])
+    noise = taps(layers, hp.seed if seed is None else seed, hp.scale)
+    return types.Release(params, intervene, noise)
 
 
 def method(model: types.Model) -> types.Method:
@@ -89,9 +90,7 @@ def method(model: types.Model) -> types.Method:
 
     def release(state: State, lineage: types.Lineage) -> types.Release:
         del lineage
-        layers = len(jax.tree.leaves(state.params["layers"])[0])
-        noise = taps(layers, state.hp.seed, state.hp.scale)
-        return types.Release(state.params, intervene, noise)
+        return serve(state.params, state.hp)
 
     return types.Method(lambda hp: {}, init, step, release)
 
