@@ -75,6 +75,26 @@ def _first(attack: str, *rates: float, trials=(4, 12, 40), **options: Any) -> Fa
     return Family(attack, {_LR: _RATE}, _rates(*rates), trials, **options)
 
 
+def _long(steps: int, trials: tuple[int, int, int]) -> Family:
+    """SideStepper at a constant rate; at lam = 0 harm alone."""
+    return Family(
+        "sidestepper",
+        {_LR: spaces.Range(1e-5, 1e-2), "lam": spaces.Choice((0.0, 1.0, 10.0))},
+        [
+            {_LR: 1e-4, "lam": 0.0},
+            {_LR: 3e-4, "lam": 1.0},
+            {_LR: 3e-4, "lam": 0.0},
+            {_LR: 1e-3, "lam": 10.0},
+        ],
+        trials,
+        fixed=(
+            f"steps={steps}",
+            "optimizer.schedule.decay=cosine",
+            "optimizer.schedule.floor=1",
+        ),
+    )
+
+
 FAMILIES: dict[str, Family] = {
     # Nothing trains.
     "frames": Family(
@@ -263,27 +283,18 @@ FAMILIES: dict[str, Family] = {
         "inverse",
         {_LR: _RATE, "mu": spaces.Range(0.03, 3.0)},
         [
-            {_LR: 1e-4, "mu": 0.3},
             {_LR: 3e-4, "mu": 0.3},
             {_LR: 1e-4, "mu": 1.0},
+            {_LR: 1e-4, "mu": 0.3},
             {_LR: 3e-4, "mu": 1.0},
         ],
-        (4, 8, 24),
+        (2, 8, 24),
         knows="the defense",
     ),
     "bilevel": _first("bilevel", 0.03, 0.1, trials=(0, 4, 16)),
-    # Sixteen times as long.
-    "long horizon": Family(
-        "sidestepper",
-        {_LR: spaces.Range(1e-5, 1e-2), "lam": spaces.Choice((0.0, 1.0, 10.0))},
-        [{_LR: 1e-4, "lam": 0.0}, {_LR: 3e-4, "lam": 1.0}],
-        (2, 4, 16),
-        fixed=(
-            "steps=1536",
-            "optimizer.schedule.decay=cosine",
-            "optimizer.schedule.floor=1",
-        ),
-    ),
+    # Four and sixteen times as long.
+    "long horizon": _long(768, (2, 4, 8)),
+    "very long horizon": _long(3072, (0, 2, 4)),
 }
 
 
