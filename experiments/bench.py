@@ -21,6 +21,7 @@ import numpy as np
 import settings
 
 from ftdefense.core import cards
+from ftdefense.core import config
 from ftdefense.core import errors
 from ftdefense.core import registry
 from ftdefense.core import types
@@ -29,12 +30,14 @@ from ftdefense.data import streams
 from ftdefense.reporting import tables
 from ftdefense.training import checkpoint
 from ftdefense.training import loop
+from ftdefense.training import together
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(settings)
 flags.DEFINE_list("defenses", ["vaccine", "booster", "ctrap"], "Which, or all.")
 flags.DEFINE_integer("rounds", 9, "Measurements of each ratio; the median is shown.")
 flags.DEFINE_integer("members", 8, "Settings in one vmapped program.")
+flags.DEFINE_integer("trials", 16, "Whole attacks in one program; 0: not measured.")
 
 STEPS = 12  # Of a cheap method; fewer of a dear one.
 
@@ -127,6 +130,69 @@ def ratio(above: Callable[[], None], below: Callable[[], None], times: int = 1):
     return statistics.median(ratios), statistics.median(a for a, _ in taken)
 
 
+def trials(bench) -> list[dict]:
+    """Whole attacks in one program against one by one, from the same release.
+
+    A run of its own compiles anew, as sixteen commands do; `compiled once` is what is
+    left if one process runs them all.
+    """
+    (release,) = bench.aligned((0,))
+    plan = bench.plan("attacks", "sft")
+    rates = np.geomspace(1e-5, 1e-3, FLAGS.trials)
+    jobs = [
+        bench.attack_job(
+            "sft",
+            config.override_plan(plan, f"optimizer.learning_rate={rate}"),
+            release,
+            0,
+        )
+        for rate in rates
+    ]
+
+    def single(anew: bool) -> list:
+        outcomes = []
+        for job in jobs:
+            if anew:
+                jax.clear_caches()
+            outcomes += together.sweep([job])
+        return outcomes
+
+    ends: dict[str, list] = {}
+    taken: dict[str, list[float]] = {}
+    for _ in range(min(FLAGS.rounds, 3)):
+        jax.clear_caches()
+        for name, run in (
+            ("together", lambda: together.sweep(jobs)),
+            ("compiled once", lambda: single(False)),
+            ("compiled each", lambda: single(True)),
+        ):
+            started = time.perf_counter()
+            ends[name] = run()
+            jax.block_until_ready(ends[name][-1].params)
+            taken.setdefault(name, []).append(time.perf_counter() - started)
+    apart = max(
+        float(jnp.max(jnp.abs(a - b)))
+        for one, other in zip(ends["together"], ends["compiled each"], strict=True)
+        for a, b in zip(*map(jax.tree.leaves, (one.params, other.params)), strict=True)
+    )
+    found = []
+    for name in ("compiled each", "compiled once"):
+        ratios = [a / b for a, b in zip(taken["together"], taken[name], strict=True)]
+        value = statistics.median(ratios)
+        target = 0.5 if name == "compiled each" else None
+        found.append(
+            {
+                "what": f"{FLAGS.trials} trials in one program / {FLAGS.trials} runs, "
+                f"{name}; weights differ by {apart:.1g}",
+                "ratio": round(value, 3),
+                "target": f"<= {target}" if target else "",
+                "met": "" if target is None else "yes" if value <= target else "NO",
+                "ms": round(1000 * statistics.median(taken["together"]), 1),
+            }
+        )
+    return found
+
+
 def main() -> None:
     bench = settings.bench()
     bench_rows = []
@@ -165,6 +231,8 @@ def main() -> None:
             "ms": round(1000 * taken / STEPS, 2),
         }
     )
+    if FLAGS.trials:
+        bench_rows += trials(bench)
     header = list(bench_rows[0])
     print(tables.text((header, [[str(r[h]) for h in header] for r in bench_rows])))
     workdir = settings.workdir()

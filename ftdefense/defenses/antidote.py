@@ -227,7 +227,7 @@ def method(model: types.Model) -> types.Method:
 PRESETS = {
     "sandbox": plans.sandbox(
         Hparams(
-            optimizers.SANDBOX,
+            optimizers.SANDBOX.replace(learning_rate=3e-5),
             lam=0.02,  # Untuned. At 1 the capability of the tiny model fell to 0.
             scale=0.1,  # At 1 the first patch raised the loss of a toy from 25 to 900.
             attack_rate=1e-3,

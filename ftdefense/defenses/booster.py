@@ -69,7 +69,7 @@ _CODE = Hparams(
 )
 
 PRESETS = {
-    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX, lam=0.5)),
+    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX, lam=0.25)),
     "code": plans.Plan(
         _CODE,
         batch_size=10,

@@ -128,7 +128,7 @@ def method(model: types.Model) -> types.Method:
 
 PRESETS = {
     "sandbox": plans.sandbox(
-        Hparams(optimizers.SANDBOX),
+        Hparams(optimizers.SANDBOX.replace(learning_rate=1e-4)),
         steps=200,
     ),
     "survey": plans.Plan(

@@ -106,7 +106,7 @@ _CODE = Hparams(
 )
 
 PRESETS = {
-    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX, lam=0.3)),
+    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX, lam=1.0)),
     "code": plans.Plan(
         _CODE, batch_size=10, epochs=20, source="clearloveclearlove/CTRAP bb0f07e"
     ),

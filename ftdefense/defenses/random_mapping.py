@@ -63,7 +63,7 @@ def method(model: types.Model) -> types.Method:
 
 
 PRESETS = {
-    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX), steps=200),
+    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX, lam=3.0), steps=200),
     "code": plans.Plan(
         Hparams(
             optimizers.Optimizer(

@@ -100,7 +100,7 @@ _COSINE = schedules.Schedule(warmup_ratio=0.1, decay="cosine")
 
 PRESETS = {
     "sandbox": plans.sandbox(
-        Hparams(optimizers.SANDBOX, alpha=0.3, mask="response", rehearse=True),
+        Hparams(optimizers.SANDBOX, mask="response", rehearse=True),
         steps=200,
     ),
     "code": plans.Plan(

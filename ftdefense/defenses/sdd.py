@@ -37,7 +37,9 @@ def method(model: types.Model) -> types.Method:
 
 
 PRESETS = {
-    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX), steps=200),
+    "sandbox": plans.sandbox(
+        Hparams(optimizers.SANDBOX.replace(learning_rate=1e-3)), steps=200
+    ),
     "paper": plans.Plan(
         Hparams(optimizers.Optimizer(5e-7)),
         batch_size=24,

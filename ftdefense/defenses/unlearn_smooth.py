@@ -161,7 +161,9 @@ def _published(learning_rate, beta, gamma, clip=1.0, **fields) -> plans.Plan:
 
 
 PRESETS = {
-    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX), steps=200),
+    "sandbox": plans.sandbox(
+        Hparams(optimizers.SANDBOX.replace(learning_rate=2e-4)), steps=200
+    ),
     "code": _published(5e-6, 0.015, 2.25, rho=0.01, smooth="sam"),
     "code_npo": _published(5e-6, 0.0225, 1.0, smooth="none"),
     # Its code takes the optimizer's step itself, before Trainer would clip.
