@@ -32,6 +32,7 @@ setuptools.setup(
         # What the field expects beside them.
         "jinja2>=3.1,<4",
         "matplotlib>=3.9,<4",
+        "optuna>=5,<6",
         "safetensors>=0.5,<1",
         "tokenizers>=0.22,<1",
         "tqdm>=4.66,<5",
