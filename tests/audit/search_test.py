@@ -1,0 +1,96 @@
+"""Trials on a model that knows nothing: what is run, counted, kept and compiled."""
+
+import jax
+import pytest
+
+from ftdefense.audit import search
+from ftdefense.audit import spaces
+from ftdefense.data import sandbox
+from ftdefense.training import budgets
+from ftdefense.training import loop
+from ftdefense.training import pipeline
+from ftdefense.training import stages
+
+_LR = "optimizer.learning_rate"
+SPACE = {
+    _LR: spaces.Range(1e-5, 1e-2),
+    "schedule": spaces.Choice(("constant", "cosine")),
+    "batch_size": spaces.Choice((4, 8), static=True),
+}
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    """Generation runs in float32."""
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """Random weights stand for a release: nothing has to be pretrained."""
+    world = sandbox.build("tiny", 0)
+    model = budgets.model("tiny", len(world.tokenizer))
+    given = stages.given(jax.jit(model.init)(jax.random.key(0)))
+    return pipeline.Bench(
+        world,
+        model,
+        tmp_path_factory.mktemp("bench"),
+        budgets.preset("tiny"),
+        aligned=given,
+    )
+
+
+@pytest.fixture(scope="module")
+def target(bench):
+    return search.Target("random", bench.aligned((0,))[0], 0.5)
+
+
+def run(bench, target, storage, *, points=(), trials=8, parallel=2, space=SPACE):
+    plan = bench.plan("attacks", "sft")
+    plan = spaces.apply(plan, {"steps": 2})
+    searcher = search.Searcher(bench, storage, parallel=parallel)
+    return searcher.run(
+        target, "full", "sft", plan, space, points=points, trials=trials
+    )
+
+
+def test_a_sweep_compiles_once_for_each_static_group(bench, target, tmp_path):
+    """Catches a number that became static, and a company that mixes batch sizes."""
+    before = loop.run_chunk._cache_size()
+    rows = run(bench, target, f"sqlite:///{tmp_path}/a.db")
+    groups = {row["values"]["batch_size"] for row in rows}
+    assert len(rows) == 8 and len(groups) == 2
+    assert loop.run_chunk._cache_size() - before == len(groups)
+
+
+def test_a_trial_is_a_row_and_a_crash_is_none(bench, target, tmp_path):
+    """Catches a diverged trial that stops its company, or is screened."""
+    points = [
+        {_LR: 1e-4, "schedule": "cosine", "batch_size": 8},
+        {_LR: float("inf"), "schedule": "cosine", "batch_size": 8},
+    ]
+    space = {**SPACE, _LR: spaces.Choice((1e-4, float("inf")))}
+    rows = run(
+        bench,
+        target,
+        f"sqlite:///{tmp_path}/a.db",
+        points=points,
+        trials=2,
+        space=space,
+    )
+    sound, diverged = rows
+    assert diverged["diverged"] and "harmful_score" not in diverged
+    assert not sound["diverged"] and sound["harmful_score"] == 0.0
+    assert sound["violation"] == pytest.approx(0.45 - sound["capability"])
+    # 2 steps of 8 rows, 16 tokens: forward, and backward at twice its price.
+    assert sound["forward_backwards"] == 2
+    weights = sum(leaf.size for leaf in jax.tree.leaves(target.stage.params))
+    assert sound["flops"] == 6 * weights * 2 * 8 * bench.world.length
+    assert sound["learning_rate"] == 1e-4
+
+
+def test_what_was_tried_is_not_tried_again(bench, target, tmp_path, monkeypatch):
+    """Catches a study under another name at the second run."""
+    storage = f"sqlite:///{tmp_path}/a.db"
+    first = run(bench, target, storage, trials=2)
+    monkeypatch.setattr(search.together, "sweep", lambda members: 1 / 0)
+    assert run(bench, target, storage, trials=2) == first
