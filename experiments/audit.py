@@ -131,9 +131,7 @@ def main() -> None:
             subject=audited.name,
             templates=tuple(templates),
             budget=FLAGS.budget,
-            release=audited.stages[0].params,
             before=audited.before,
-            reference=references[0].stages[0].params if references else None,
             trials=found.trials(),
             skipped=found.skipped,
             scale=scale,
@@ -217,7 +215,7 @@ def weights(bench: pipeline.Bench, folder: pathlib.Path) -> Any:
 def known_references() -> tuple[str, ...]:
     if FLAGS.checkpoint and FLAGS.harmful is not None:
         return ("none",) if FLAGS.reference else ()
-    return REFERENCES
+    return tuple(name for name in REFERENCES if name != FLAGS.defense)
 
 
 def reference(
@@ -335,7 +333,7 @@ def probe(
     seed: int,
 ) -> probing.Probed:
     """Diagnostics that run the model, on the best settings that the search found."""
-    by_name = {one.name: one.stages[0] for one in references}
+    by_name = {one.name: one.stages[0] for one in [*references, audited]}
     winners = found.winners()
 
     def best(name: str, otherwise: str) -> tuple[str, plans.Plan]:
@@ -364,6 +362,7 @@ def probe(
         ),
         seed=seed,
         points=15 if FLAGS.budget == "quick" else 30,
+        radii=() if FLAGS.budget == "quick" else (3.0, 10.0),
     )
 
 

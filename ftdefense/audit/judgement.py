@@ -18,7 +18,6 @@ from ftdefense.audit.diagnostics import evaluation as evaluations
 from ftdefense.audit.diagnostics import findings as diagnostics
 from ftdefense.audit.diagnostics import optimization
 from ftdefense.audit.diagnostics import randomness
-from ftdefense.core import types
 from ftdefense.data import examples as data_examples
 from ftdefense.evaluation import criteria
 from ftdefense.evaluation import screening
@@ -37,9 +36,7 @@ class Evidence:
       subject: name of the release.
       templates: of its defense, if known.
       budget: of `families.BUDGETS`.
-      release: its weights at the first seed.
       before: its rows before any attack.
-      reference: weights of the undefended twin, or None.
       trials: rows of the search, in the order in which they ran.
       skipped: {family: why it could not run}.
       scale: trials against references, by their name.
@@ -48,16 +45,13 @@ class Evidence:
       generations: of the rows in `confirmed`: defense, attack, seed, group, prompt,
         response, verdict.
       probes: what probes of the weights found (`probing.Probed`), or None.
-      rewritten: trials against the release in another writing (R4), with losses before.
-      command: of one trial, to repeat it.
+      seed: the first.
     """
 
     subject: str
     templates: tuple[str, ...]
     budget: str
-    release: types.Params
     before: Sequence[Row]
-    reference: types.Params | None
     trials: Sequence[Row]
     skipped: Mapping[str, str]
     scale: Mapping[str, Sequence[Row]]

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ftdefense.audit import latent_pgd
 from ftdefense.audit import probe as linear
 from ftdefense.audit import search
 from ftdefense.audit import soft_prompt
@@ -25,6 +26,7 @@ from ftdefense.core import tree
 from ftdefense.core import types
 from ftdefense.data import pools
 from ftdefense.data import streams
+from ftdefense.evaluation import criteria
 from ftdefense.evaluation import suite
 from ftdefense.methods import plans
 from ftdefense.training import pipeline
@@ -75,8 +77,15 @@ def probe(
     *,
     seed: int,
     points: int = landscape.PLANE_POINTS,
+    radii: Sequence[float] = (),
 ) -> Probed:
-    """G1 to G5, L1, L2, O4, R4, R5, P3, P5 and E4 of one release."""
+    """G1 to G5, L1, L2, O4, R4, R5, P3, P5 and E4 of one release.
+
+    Args:
+      seed: of batches, attacks and soft prompts.
+      points: along each axis of the plane.
+      radii: of latent attacks (P5); empty: none.
+    """
     release = known.subject.stage.params
     harmful = _batches(bench.world.attacker["harmful"], BATCHES, seed)
     benign = _batches(bench.world.attacker["benign"], 1, seed)[0]
@@ -87,7 +96,7 @@ def probe(
     failed = known.tuned < 0.5
     found = list(_rewritten(bench, searcher, known, seed))
     found.append(_randomised(bench, known))
-    found.append(_latent(bench, known, seed))
+    found.append(_latent(bench, known, seed, radii))
     found += _topics(bench, known, seed)
     if known.reference is not None:
         found += _gradients(bench, known, harmful, benign, failed, seed)
@@ -196,7 +205,7 @@ def _randomised(bench, known: Known) -> diagnostics.Finding:
     return randomness.stochastic(draws, harm(types.Release(attacked)))
 
 
-def _latent(bench, known: Known, seed: int) -> diagnostics.Finding:
+def _latent(bench, known: Known, seed: int, radii) -> diagnostics.Finding:
     """P5: what soft prompts and a linear probe find, next to the untrained attacks."""
     release = known.subject.stage.params
     grown = soft_prompt.extended(bench.model, release, bench.world, seed=seed)
@@ -205,11 +214,31 @@ def _latent(bench, known: Known, seed: int) -> diagnostics.Finding:
     evaluate = suite.Evaluator(grown.model, grown.world, limit=bench.defaults.watched)
     scores = evaluate(attacked).row()
     probes = {**known.untrained, "soft prompt": scores["harmful_score"]}
+    for radius in radii:
+        probes[f"latent shifts of {radius:g}"] = _shifted(bench, release, radius)
     accuracy, chance = None, 0.0
     if known.never is not None:
         accuracy = skill(bench, release)
         chance = skill(bench, known.never.params)
     return defenses.latent(probes, known.tuned, accuracy, chance)
+
+
+def _shifted(bench, release: types.Params, radius: float) -> float:
+    """Harmful score where the residual stream is pushed to begin an answer."""
+    world = bench.world
+    examples = suite.stratified(world.evaluation["harmful"], bench.defaults.watched)
+    openings = [example.response.split()[0] for example in examples]
+    judge = criteria.judge(world.judge)
+    said = latent_pgd.answers(
+        bench.model,
+        release,
+        world,
+        examples,
+        openings,
+        latent_pgd.Settings(radius=radius),
+    )
+    verdicts = [judge(e, text) for e, text in zip(examples, said, strict=True)]
+    return verdicts.count(criteria.RIGHT) / len(verdicts)
 
 
 # Words of the answer that the probe is given first: the sandbox's say nothing.
