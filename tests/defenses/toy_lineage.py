@@ -1,43 +1,24 @@
-"""Float64 weights of the toy, and what the tests of service defenses compare with."""
+"""Three models a small step apart, for the tests of defenses that follow alignment."""
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+import functools
 
 from ftdefense.core import tree
 from ftdefense.core import types
 from ftdefense.methods import lift
-from ftdefense.models import toy
-from ftdefense.objectives import losses
 
-MODEL = toy.Toy()
-KEY = jax.random.key(0)
+from . import common
 
-
-def params(seed: int = 3) -> types.Params:
-    drawn = MODEL.init(jax.random.key(seed))
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), drawn)
+MODEL, KEY = common.MODEL, common.KEY
+params, sft_gradient, same = common.params, common.sft_gradient, common.equal
+close = functools.partial(common.close, rtol=1e-9, atol=1e-12)
 
 
 def lineage() -> types.Lineage:
-    """Three models a small step apart: pretrained, aligned, tuned."""
-    pretrained = params()
-    aligned = tree.add_scale(pretrained, 0.3, params(9))
-    return types.Lineage(tree.add_scale(aligned, 0.2, params(11)), aligned, pretrained)
+    """Pretrained, aligned, and tuned, which is where a service starts."""
+    aligned = common.lineage()
+    tuned = tree.add_scale(aligned.aligned, 0.2, params(11))
+    return types.Lineage(tuned, aligned.aligned, aligned.pretrained)
 
 
 def context(hp, step: int = 0, origin: types.Lineage | None = None) -> types.Context:
     return lift.context(MODEL, origin or types.Lineage(params()), hp, step)
-
-
-def sft_gradient(data, at: types.Params | None = None) -> types.Params:
-    return jax.jit(jax.grad(losses.next_token(MODEL)))(at or params(), data)
-
-
-def same(a, b):
-    """Bit for bit."""
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-def close(a, b, rtol: float = 1e-9, atol: float = 1e-12):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol, atol), a, b)
