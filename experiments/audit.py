@@ -251,7 +251,11 @@ def attack(
     )
     best = 0.0
     with tqdm.tqdm(
-        total=total, desc=one.name, unit="trial", disable=not sys.stderr.isatty()
+        total=total,
+        desc=one.name,
+        unit="trial",
+        disable=not sys.stderr.isatty(),
+        position=1,
     ) as bar:
 
         def on_trial(row: dict[str, Any]) -> None:

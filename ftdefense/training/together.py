@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Sequence
 import functools
+import time
 from typing import Any
 from typing import NamedTuple
 
@@ -93,6 +94,7 @@ def run(
     )
     keys = [job.keys() for job in members]
     starts, runs = (jnp.stack(part) for part in zip(*keys, strict=True))
+    started = time.monotonic()
     bar = progress.Bar(f"{members[0].name} x {len(members)}", steps)
 
     def member(state: types.State, i: int) -> types.Params:
@@ -126,7 +128,7 @@ def run(
             on_chunk=on_chunk,
             mapped=mapped,
         )
-    bar.close(0.0)
+    bar.close(time.monotonic() - started)
     trainable = tree.size(state.params) // len(members)
     outcomes = []
     for i in range(len(members)):
