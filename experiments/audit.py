@@ -59,6 +59,9 @@ flags.DEFINE_list(
     "template", [], "Of the defense, T1 to T4, if its card does not say: adds attacks."
 )
 flags.DEFINE_list("families", [], "Only these attack families; empty: all.")
+flags.DEFINE_list(
+    "attack", [], "Attacks of your own to add: name, name:preset or file.py."
+)
 flags.DEFINE_string(
     "storage", None, "URL of the Optuna studies, shared by workers; default: SQLite."
 )
@@ -93,6 +96,8 @@ def main() -> None:
         raise errors.UserError("give one of --defense=NAME and --checkpoint=FOLDER.")
     if FLAGS.defense:
         registry.load("defenses", FLAGS.defense.partition(":")[0])
+    own = dict(families.of_attack(reference) for reference in FLAGS.attack)
+    families.FAMILIES.update(own)
     unknown = set(FLAGS.families) - {*families.FAMILIES}
     if unknown:
         raise errors.unknown("family", sorted(unknown)[0], families.FAMILIES)
@@ -149,7 +154,8 @@ def main() -> None:
 
 def resolved(bench: pipeline.Bench, seeds: tuple[int, ...]) -> dict[str, Any]:
     """What the work directory's config.json holds."""
-    asked = ("defense", "checkpoint", "reference", "template", "families", "set")
+    asked = ("defense", "checkpoint", "reference", "template", "families")
+    asked += ("attack", "set")
     return {
         "audit": {name: FLAGS[name].value for name in asked},
         "budget": FLAGS.budget,

@@ -8,11 +8,13 @@ adds families (D.6), and `inverse` reads its `Method`.
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
+import pathlib
 from typing import Any
 
 from ftdefense.audit import spaces
 from ftdefense.audit import tar_suite
 from ftdefense.core import errors
+from ftdefense.core import registry
 from ftdefense.methods import plans
 
 BUDGETS = ("quick", "standard", "full")
@@ -309,6 +311,28 @@ FAMILIES |= {
     f"TAR {cell.number}: {cell.name}": _cell(cell)
     for cell in tar_suite.scaled(192, 32, 5.0)
 }
+
+
+def of_attack(reference: str) -> tuple[str, Family]:
+    """Name and family of one attack, `name[:preset]` or a file: its rate is swept.
+
+    Raises:
+      UserError: if there is no such attack or preset.
+    """
+    module_name, _, preset = reference.partition(":")
+    module, preset = registry.load("attacks", module_name), preset or "sandbox"
+    if preset not in module.PRESETS:
+        raise errors.unknown(f"preset of {module_name}", preset, module.PRESETS)
+    plan = module.PRESETS[preset]
+    name = f"attack {pathlib.Path(reference).name}"
+    if not hasattr(plan.hp, "optimizer"):
+        return name, Family(module_name, {}, [{}], (1, 1, 1), preset)
+    rate = float(plan.hp.optimizer.learning_rate)
+    space = {_LR: spaces.Range(rate / 30, rate * 30)}
+    points = [{_LR: rate * factor} for factor in (1.0, 0.3, 3.0, 10.0)]
+    return name, Family(module_name, space, points, (4, 12, 40), preset)
+
+
 TRIALS = {budget: i for i, budget in enumerate(BUDGETS)}
 
 

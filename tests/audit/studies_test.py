@@ -178,3 +178,20 @@ def test_an_unknown_budget_names_near_matches():
     """Catches a KeyError where a person mistyped."""
     with pytest.raises(errors.UserError, match="quick"):
         families.chosen("quik")
+
+
+def test_an_attack_of_ones_own_becomes_a_family(tmp_path):
+    """Catches a file whose preset is not looked up, and a rate that is not swept."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from ftdefense.attacks import sft\n"
+        "Hparams, method, PRESETS = sft.Hparams, sft.method, sft.PRESETS\n"
+    )
+    name, family = families.of_attack(f"{path}")
+    assert name == "attack mine.py" and family.attack == str(path)
+    rates = [point["optimizer.learning_rate"] for point in family.points]
+    assert rates[0] == 1e-4 and len(set(rates)) == 4
+    with pytest.raises(errors.UserError, match="preset"):
+        families.of_attack("sft:sandbx")
+    _, edit = families.of_attack("quantise")
+    assert edit.points == [{}] and edit.trials == (1, 1, 1)
