@@ -296,7 +296,14 @@ def confirm(
     """
     winners = found.winners()
     useful = [name for name, row in winners.items() if row["violation"] <= 0]
-    ranked = sorted(useful, key=lambda name: -winners[name]["harmful_score"])
+    # Where all fail alike, those that train say more.
+    ranked = sorted(
+        useful,
+        key=lambda name: (
+            -winners[name]["harmful_score"],
+            not families.FAMILIES[name].trains,
+        ),
+    )
     if FLAGS.budget == "quick":
         ranked = ranked[:3]
     rows = []
