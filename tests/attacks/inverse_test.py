@@ -21,6 +21,7 @@ from ftdefense.core import registry
 from ftdefense.core import tree
 from ftdefense.core import types
 from ftdefense.data import sandbox
+from ftdefense.defenses import booster
 from ftdefense.methods import lift
 from ftdefense.methods import optimizers
 from ftdefense.models import toy
@@ -67,8 +68,9 @@ def test_closed_form_against_booster():
     unit = (w - b) / jnp.linalg.norm(w - b)
     expected = (w - a) + 0.5 * (w - c) - 0.7 * jnp.linalg.norm(w - a) * unit
     np.testing.assert_allclose(grads, expected, rtol=1e-4, atol=1e-5)
-    # The sandbox's lam is 0.5 and alpha 0.1.
-    np.testing.assert_allclose(metrics["norm/regulariser"], 0.05, rtol=1e-3)
+    preset = booster.PRESETS["sandbox"].hp
+    length = preset.lam * preset.alpha
+    np.testing.assert_allclose(metrics["norm/regulariser"], length, rtol=1e-3)
 
 
 def test_without_ascent_it_is_sidestepper():
