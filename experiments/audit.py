@@ -134,6 +134,7 @@ def main() -> None:
         bench,
         judgement.Evidence(
             subject=audited.name,
+            reference=FLAGS.defense or "",
             templates=tuple(templates),
             budget=FLAGS.budget,
             before=audited.before,
@@ -188,8 +189,13 @@ def subject(
     bench.check(chosen.name, chosen.plan)
     trained = seeds[:1] if FLAGS.budget == "quick" else seeds
     releases, before = runner.defend(chosen, trained)
-    one = Subject(chosen.reference, releases, before)
+    one = Subject(_short(chosen.reference), releases, before)
     return _for_all(one, seeds) if FLAGS.budget == "quick" else one
+
+
+def _short(reference: str) -> str:
+    """Of a file its name, as people say it."""
+    return pathlib.Path(reference).stem if reference.endswith(".py") else reference
 
 
 def _for_all(one: Subject, seeds: tuple[int, ...]) -> Subject:
@@ -276,7 +282,7 @@ def attack(
             searcher,
             one.target(),
             FLAGS.budget,
-            defense=one.name if FLAGS.defense else "",
+            defense=FLAGS.defense or "",
             templates=templates,
             only=wanted,
             on_trial=on_trial,

@@ -141,12 +141,13 @@ def masses(rows: Sequence[Row]) -> list[dict[str, float]]:
     return [{"optimizer.learning_rate": rate} for rate in spent.values()]
 
 
-def command(name: str, values: Mapping[str, Any], subject: str) -> str:
-    """The run.py command that repeats one trial on a defense by name."""
+def command(name: str, values: Mapping[str, Any], defense: str) -> str:
+    """The run.py command that repeats one trial; weights alone go by --model."""
     family = families.FAMILIES[name]
     settings = [*family.fixed, *spaces.assignments(values)]
+    release = f"--defense={defense}" if defense else "--model=FOLDER --defense=none"
     flags = " ".join(f"--set=attack.{setting}" for setting in settings)
     return (
-        f"python experiments/run.py --workdir=runs/repeat --defense={subject} "
+        f"python experiments/run.py --workdir=runs/repeat {release} "
         f"--attack={family.attack}:{family.preset} {flags}"
     )

@@ -34,6 +34,7 @@ class Evidence:
 
     Attributes:
       subject: name of the release.
+      reference: what run.py calls its defense; empty for weights alone.
       templates: of its defense, if known.
       budget: of `families.BUDGETS`.
       before: its rows before any attack.
@@ -49,6 +50,7 @@ class Evidence:
     """
 
     subject: str
+    reference: str
     templates: tuple[str, ...]
     budget: str
     before: Sequence[Row]
@@ -416,7 +418,7 @@ def _families(given: Evidence) -> list[dict[str, Any]]:
                 "capability": best["capability"],
                 "useful": _useful(best),
                 "values": best["values"],
-                "command": ensemble.command(name, best["values"], given.subject),
+                "command": ensemble.command(name, best["values"], given.reference),
             }
         )
     return found

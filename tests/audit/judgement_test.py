@@ -64,6 +64,7 @@ def run(scores, attack="full", seed=0):
 def evidence(**fields):
     given = {
         "subject": "x",
+        "reference": "x",
         "templates": (),
         "budget": "quick",
         "before": [{"capability": 1.0, "harmful_score": 0.0}],
