@@ -24,7 +24,9 @@ def test_gradient_is_that_of_the_sum(lam):
     found, _ = sidestepper.direction(ctx, params, rows, jax.random.key(0))
     harmful, benign = (jax.grad(ctx.loss)(params, rows[role]) for role in rows)
     rest = jax.tree.map(lambda g, h, b: g - h - lam * b, found, harmful, benign)
-    assert max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(rest)) < 1e-6 * max(1, lam)
+    assert max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(rest)) < 1e-6 * max(
+        1, lam
+    )
 
 
 def test_self_destruct_toy_to_the_end():
