@@ -35,7 +35,7 @@ first = wide(1)
 aligned = tree.add_scale(first, 0.1, wide(0))
 params = tree.add_scale(aligned, 0.1, wide(2))
 lineage = types.Lineage(params, aligned, first)
-FEW = {"block_steps": 1, "attack_steps": 2, "defend_steps": 2}
+FEW = {"block_steps": 1, "attack_steps": 2, "defend_steps": 2, "inner_steps": 4}
 # The model computes in float32, whose rounding CLAMP differentiates through its steps.
 LIMITS = {"clamp": 3e-5}
 
@@ -53,7 +53,7 @@ for name in sys.argv[1:]:
         constant = schedules.Schedule()
         changes = {"kind": "sgd", "schedule": constant, "learning_rate": 1.0}
         hp = hp.replace(optimizer=hp.optimizer.replace(**changes))
-    hp = hp.replace(**{k: v for k, v in FEW.items() if hasattr(hp, k)})
+    hp = hp.replace(**{k: min(v, getattr(hp, k)) for k, v in FEW.items() if hasattr(hp, k)})
     roles = method.streams(hp)
     keys = jax.random.split(jax.random.key(2), len(roles) + 1)
     batches = {role: batch(k, lead) for (role, lead), k in zip(roles.items(), keys)}
