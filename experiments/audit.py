@@ -423,7 +423,7 @@ def write(
         f"{judged['subject']}, {FLAGS.budget} budget, {bench.world.name}",
     )
     checkpoint.write_json(workdir / "manifest.json", made)
-    images = audit_page.plots(workdir, judged, found.trials(), scale, horizons)
+    images = audit_page.plots(workdir, judged, found.trials(), horizons)
     html = audit_page.render(judged, found.trials(), confirmed, images, made)
     result_rows.write_text(workdir / "audit.html", html)
 

@@ -54,7 +54,7 @@ def plan_of(bench: pipeline.Bench, family: families.Family, defense: str) -> pla
     plan = family.plan or bench.plan("attacks", family.attack, family.preset)
     for assignment in family.fixed:
         plan = config.override_plan(plan, assignment)
-    if config.has_field(plan, "defense=") and hasattr(plan.hp, "defense"):
+    if hasattr(plan.hp, "defense"):
         plan = dataclasses.replace(plan, hp=plan.hp.replace(defense=defense))
     return plan
 
@@ -78,7 +78,6 @@ def run(
     templates: Sequence[str] = (),
     only: Iterable[str] | None = None,
     on_trial: Callable[[Row], None] = lambda row: None,
-    on_family: Callable[[str, int], None] = lambda name, trials: None,
 ) -> Found:
     """Every family of a budget against one release.
 
@@ -86,7 +85,7 @@ def run(
       defense: `name[:preset]` of the defense, if it is known: for `inverse`.
       templates: of the defense, if known: families made for them join in.
       only: names of families; None: all of the budget.
-      on_trial, on_family: called along the way.
+      on_trial: called with every row.
     """
     rows: dict[str, list[Row]] = {}
     skipped: dict[str, str] = {}
@@ -104,7 +103,6 @@ def run(
             if family.knows == "the defense":
                 _refuse_unknown(defense)
             plan = plan_of(bench, family, defense)
-            on_family(name, trials)
             rows[name] = searcher.run(
                 target,
                 name,

@@ -27,6 +27,7 @@ from ftdefense.core import types
 from ftdefense.data import pools
 from ftdefense.data import streams
 from ftdefense.evaluation import criteria
+from ftdefense.evaluation import success
 from ftdefense.evaluation import suite
 from ftdefense.methods import plans
 from ftdefense.training import pipeline
@@ -93,9 +94,9 @@ def probe(
         _attacked(bench, known.subject.stage, attack, seed)
         for attack in (known.naive, known.adaptive)
     )
-    failed = known.tuned < 0.5
+    failed = known.tuned < success.THRESHOLD
     found = list(_rewritten(bench, searcher, known, seed))
-    found.append(_randomised(bench, known))
+    found.append(_randomised(bench, known, seed))
     found.append(_latent(bench, known, seed, radii))
     found += _topics(bench, known, seed)
     if known.reference is not None:
@@ -190,12 +191,12 @@ def _rewritten(bench, searcher, known: Known, seed: int):
     )
 
 
-def _randomised(bench, known: Known) -> diagnostics.Finding:
+def _randomised(bench, known: Known, seed: int) -> diagnostics.Finding:
     """R5: harm over draws of a deployed release, with and without what it adds."""
     if known.serve is None:
         note = "weights alone: nothing is drawn"
         return diagnostics.Finding("R5", 0.0, randomness.DRAW_GAP, False, note)
-    attacked = _attacked(bench, known.subject.stage, known.naive, 0)
+    attacked = _attacked(bench, known.subject.stage, known.naive, seed)
     evaluate = suite.Evaluator(bench.model, bench.world, limit=bench.defaults.watched)
 
     def harm(release: types.Release) -> float:
@@ -276,7 +277,9 @@ def _distance(bench, known: Known, attacked, seed: int) -> diagnostics.Finding:
         return float(tree.norm(way) / tree.norm(before))
 
     mine = (
-        [relative(attacked, known.subject.stage.params)] if known.tuned >= 0.5 else []
+        [relative(attacked, known.subject.stage.params)]
+        if known.tuned >= success.THRESHOLD
+        else []
     )
     twin = relative(bench.twin(seed).params, known.reference.params)
     return defenses.distance(mine, [twin])

@@ -112,11 +112,9 @@ def plots(
     workdir: pathlib.Path,
     judged: Judged,
     trials: Sequence[Row],
-    scale: Mapping[str, Sequence[Row]],
     horizons: Mapping[str, Sequence[Row]],
 ) -> list[tuple[str, pathlib.Path]]:
     """(caption, PNG) of every plot that the evidence allows."""
-    del scale
     made = [
         (
             "Attacker's effort",
