@@ -12,9 +12,9 @@ Cost         2 forwards, 2 backwards, each on one role's batch.
 """
 
 from flax import struct
-import jax
 import jax.numpy as jnp
 
+from ftdefense.attacks import sidestepper
 from ftdefense.core import tree
 from ftdefense.core import types
 from ftdefense.methods import lift
@@ -42,15 +42,8 @@ def project(grads, against, part=1.0):
 
 
 def direction(ctx, params, batches, rng):
-    value_and_grad = jax.value_and_grad(ctx.loss)
-    rng_harmful, rng_benign = jax.random.split(rng)
-    harm, grad_harm = value_and_grad(params, batches["harmful"], rng_harmful)
-    cost, grad_cost = value_and_grad(params, batches["benign"], rng_benign)
-    return project(grad_harm, grad_cost, ctx.hp.part), {
-        "loss/harmful": harm,
-        "loss/benign": cost,
-        "cosine/harmful_benign": tree.cosine(grad_harm, grad_cost),
-    }
+    grad_harm, grad_cost, metrics = sidestepper.gradients(ctx, params, batches, rng)
+    return project(grad_harm, grad_cost, ctx.hp.part), metrics
 
 
 def method(model: types.Model) -> types.Method:

@@ -47,17 +47,27 @@ def direction(ctx, params, batches, rng):
         both = jax.tree.map(lambda *x: jnp.concatenate(x), harmful, scaled)
         loss, grads = jax.value_and_grad(ctx.loss)(params, both, rng)
         return grads, {"loss/joint": loss}
-    value_and_grad = jax.value_and_grad(ctx.loss)
-    rng_harmful, rng_benign = jax.random.split(rng)
-    harm, grad_harm = value_and_grad(params, harmful, rng_harmful)
-    cost, grad_cost = value_and_grad(params, benign, rng_benign)
+    grad_harm, grad_cost, metrics = gradients(ctx, params, batches, rng)
     weighted = jax.tree.map(lambda g: (weight * g).astype(g.dtype), grad_harm)
     grads = tree.add_scale(weighted, lam, grad_cost)
-    return grads, {
-        "loss/harmful": harm,
-        "loss/benign": cost,
-        "cosine/harmful_benign": tree.cosine(grad_harm, grad_cost),
-    }
+    return grads, metrics
+
+
+def gradients(ctx, params, batches, rng):
+    """(of the harmful loss, of the benign loss, metrics): each over its own tokens."""
+    value_and_grad = jax.value_and_grad(ctx.loss)
+    rng_harmful, rng_benign = jax.random.split(rng)
+    harm, grad_harm = value_and_grad(params, batches["harmful"], rng_harmful)
+    cost, grad_cost = value_and_grad(params, batches["benign"], rng_benign)
+    return (
+        grad_harm,
+        grad_cost,
+        {
+            "loss/harmful": harm,
+            "loss/benign": cost,
+            "cosine/harmful_benign": tree.cosine(grad_harm, grad_cost),
+        },
+    )
 
 
 def method(model: types.Model) -> types.Method:
