@@ -21,6 +21,7 @@ import settings
 import subjects
 import tqdm
 
+from ftdefense.audit import attack_family
 from ftdefense.audit import dossier
 from ftdefense.audit import effort
 from ftdefense.audit import ensemble
@@ -71,7 +72,7 @@ FOR_SCALE = {"quick": ("full",), "standard": ("full", "sidestepper")}
 def main() -> None:
     workdir, seeds = settings.workdir(), tuple(settings.seeds())
     subjects.check()
-    own = dict(families.of_attack(reference) for reference in FLAGS.attack)
+    own = dict(attack_family.of_attack(reference) for reference in FLAGS.attack)
     unknown = set(FLAGS.families) - {*families.FAMILIES, *own}
     if unknown:
         raise errors.unknown("family", sorted(unknown)[0], {**families.FAMILIES, **own})

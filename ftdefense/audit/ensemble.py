@@ -8,6 +8,7 @@ import dataclasses
 import time
 from typing import Any
 
+from ftdefense.audit import attack_family
 from ftdefense.audit import families
 from ftdefense.audit import search
 from ftdefense.audit import spaces
@@ -45,7 +46,9 @@ class Found:
         return {name: dict(row) for name, row in best.items() if row is not None}
 
 
-def plan_of(bench: pipeline.Bench, family: families.Family, defense: str) -> plans.Plan:
+def plan_of(
+    bench: pipeline.Bench, family: attack_family.Family, defense: str
+) -> plans.Plan:
     """The family's plan before any axis is set; `inverse` is told whom to turn around.
 
     Raises:

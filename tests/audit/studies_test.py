@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from ftdefense.attacks import sft
+from ftdefense.audit import attack_family
 from ftdefense.audit import effort
 from ftdefense.audit import ensemble
 from ftdefense.audit import families
@@ -219,13 +220,13 @@ def test_an_attack_of_ones_own_becomes_a_family(tmp_path):
         "from ftdefense.attacks import sft\n"
         "Hparams, method, PRESETS = sft.Hparams, sft.method, sft.PRESETS\n"
     )
-    name, family = families.of_attack(f"{path}")
+    name, family = attack_family.of_attack(f"{path}")
     assert name == "attack mine.py" and family.attack == str(path)
     rates = [point["optimizer.learning_rate"] for point in family.points]
     assert rates[0] == 1e-4 and len(set(rates)) == 4
     with pytest.raises(errors.UserError, match="preset"):
-        families.of_attack("sft:sandbx")
-    _, edit = families.of_attack("quantise")
+        attack_family.of_attack("sft:sandbx")
+    _, edit = attack_family.of_attack("quantise")
     assert edit.points == [{}] and edit.trials == (1, 1, 1)
 
 
