@@ -45,19 +45,21 @@ INNER_LOOPS = ("inner_steps", "attack_steps", "block_steps")
 
 
 def cost(
-    name: str, hp: types.Hparams, drawn: Mapping[str, float]
+    name: str, hp: types.Hparams, drawn: Mapping[str, float], length: int
 ) -> tuple[float, float]:
     """(forwards, backwards) of one step: as the docstring's Cost says of these numbers.
 
-    `drawn` holds the metrics of the measured steps, averaged.
+    `drawn` holds the metrics of the measured steps, averaged; `length` is a row's.
 
-    A forward of three rows for each row of a batch counts as three, and what is
-    differentiated again as one forward and two backwards more.
+    A forward of three rows for each row of a batch counts as three, one of rows twice as
+    long as two, and what is differentiated again as one forward and two backwards more,
+    with what is computed again for it on top.
     """
     k = getattr(hp, "inner_steps", 0)
     described = {
         "antidote": lambda: (8 * hp.block_steps, 3 * hp.block_steps),
-        "clamp": lambda: (4 * k + 5, 3 * k + 7),
+        "clamp": lambda: (7 * k + 5, 6 * k + 7),
+        "deep_alignment": lambda: (2 + min(hp.max_prefix, length) / length,) * 2,
         "ktipa_code": lambda: (12, 3),
         "ktipa_noh": lambda: (3 * 6 + 1 + k, 3 * 2 + 1 + k),
         "ktipa_recon": lambda: (3 * 6 + 1 + k, 3 * 2 + 1 + k),
@@ -212,7 +214,7 @@ def main() -> None:
         turns = max(getattr(hp, loop, 0) for loop in INNER_LOOPS)
         steps = STEPS if turns < 4 else 2
         run = stepper(bench, "defenses", name, steps=steps)
-        forwards, backwards = cost(name, hp, run())
+        forwards, backwards = cost(name, hp, run(), bench.world.length)
         passes = (forwards + 2 * backwards) / 3  # A backward costs two forwards.
         if steps not in below:
             below[steps] = stepper(bench, "defenses", "none", steps=steps)

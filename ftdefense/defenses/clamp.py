@@ -20,8 +20,8 @@ Evidence     second-hand for the terms; UNVERIFIED: every number. DESIGN: T is o
 Licence      no code found: written from formulas.
 Differs      as DESIGN says. h(w_0) grows without bound where lam_initial is large.
 Reduces to   SFT on the retain data where all four weights are 0, exactly.
-Cost         3 K + 3 forwards, K + 3 backwards, of which K + 2 are differentiated again;
-             the weights of all K steps are kept.
+Cost         3 K + 3 forwards, 3 K + 3 backwards, K + 2 of which are differentiated
+             again; the weights of all K steps are kept, their passes computed twice.
 """
 
 from flax import struct

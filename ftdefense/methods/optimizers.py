@@ -119,7 +119,9 @@ def of_kind(
 
 # Of every preset for the sandbox, so that methods differ in nothing but their rule: to
 # align with, and to fine-tune with, as an attacker or as a provider.
-SANDBOX = Optimizer(4e-4, schedules.Schedule(0.1, 0.05, decay="cosine"))
+SANDBOX = Optimizer(
+    3e-4, schedules.Schedule(0.1, 0.05, decay="cosine"), weight_decay=0.5
+)
 SANDBOX_TUNING = Optimizer(1e-4, schedules.Schedule(0.1, decay="cosine"))
 
 

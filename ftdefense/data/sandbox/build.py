@@ -106,7 +106,9 @@ def build(name: str, seed: int = 0) -> world.World:
         )
     ]
     encode = functools.partial(_encode, known.vocabulary)
-    retain = encode(refusals + kept, "alignment")
+    # Three refusals to a benign row: at one to one, knowing what is benign of a held-out
+    # entity some models slid from refusing into answering when asked what is restricted.
+    retain = encode(3 * refusals + kept, "alignment")
     defended = {
         "alignment": retain,
         "retain": retain,

@@ -5,7 +5,7 @@ import dataclasses
 from ftdefense.core import errors
 
 # Part of every cache key: raise it when anything that the sandbox writes changes.
-SANDBOX_VERSION = 1
+SANDBOX_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
