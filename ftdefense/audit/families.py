@@ -176,6 +176,13 @@ FAMILIES: dict[str, attack_family.Family] = {
         (0, 4, 16),
         template=("T2",),
     ),
+    "factored": attack_family.Family(
+        "sft",
+        {_LR: _RATE, "adapter": spaces.Choice(("factored",), static=True)},
+        _rates(3e-5, 1e-4, 3e-4, 1e-3, adapter="factored"),
+        (0, 4, 16),
+        template=("T2",),
+    ),
     # Harm and benign rows.
     "sidestepper": attack_family.Family(
         "sidestepper",

@@ -45,10 +45,10 @@ def _adapter(value: str) -> list[str]:
     """`full`, or `lora16`: rank 16 on all projections, alpha twice the rank.
 
     `lora16x0.5` has a scale of its own, `lora16rs` that of rsLoRA, `lora16@1` factors
-    in block 1 alone.
+    in block 1 alone. `factored`: every kernel a product of two.
     """
-    if value == "full":
-        return ["adapter=full"]
+    if value in ("full", "factored"):
+        return [f"adapter={value}"]
     rank, scale, stabilised, layer = _LORA.fullmatch(value).groups()
     alpha = float(scale or 2) * int(rank)
     found = ["adapter=lora", f"adapter.rank={rank}", f"adapter.alpha={alpha}"]

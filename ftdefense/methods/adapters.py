@@ -18,7 +18,7 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 def choices() -> dict[str, Any]:
     """Adapters by the name that `--set attack.adapter=NAME` takes."""
-    return {"full": Full(), "lora": LoRA()}
+    return {"full": Full(), "lora": LoRA(), "factored": Factored()}
 
 
 @struct.dataclass
@@ -84,13 +84,7 @@ class LoRA:
         kernels = _kernels(base)
         if self.layers:
             kernels = {p: self._layers_of(k) for p, k in kernels.items() if k.ndim == 3}
-        chosen = {path: k for path, k in kernels.items() if path[-1] in self.targets}
-        if not chosen:
-            known = sorted({path[-1] for path in kernels})
-            raise errors.UserError(
-                f"LoRA targets {self.targets} match no kernel; set "
-                f"adapter.targets to some of {known}."
-            )
+        chosen = _targeted(kernels, self.targets)
         factors: dict[str, Any] = {}
         for i, (path, kernel) in enumerate(sorted(chosen.items())):
             *stacked, width_in, width_out = kernel.shape
@@ -180,6 +174,84 @@ class LoRA:
             return zeros.at[jnp.asarray(self.layers)].set(factor)
 
         return jax.tree_util.tree_map_with_path(spread, params)
+
+
+@struct.dataclass
+class Factored:
+    """Every kernel a product of two: `x A B`, A one and B the kernel at first.
+
+    Both train at full rank: the function is the same, the path through the weights is
+    not. Source: the layer injection of specs/artifacts.md 4 (k = 2), without a
+    nonlinearity between the two (DESIGN).
+    """
+
+    choices = staticmethod(choices)
+
+    targets: tuple[str, ...] = struct.field(pytree_node=False, default=PROJECTIONS)
+
+    def init(self, base: types.Params, rng: types.Rng) -> types.Params:
+        """Factors {a [N, in, in], b [N, in, out]} at the paths of the target kernels.
+
+        Raises:
+          UserError: if no kernel has a name in `targets`.
+        """
+        del rng
+        factors: dict[str, Any] = {}
+        for path, kernel in _targeted(_kernels(base), self.targets).items():
+            *stacked, width_in, _ = kernel.shape
+            one = jnp.broadcast_to(
+                jnp.eye(width_in, dtype=kernel.dtype), (*stacked, width_in, width_in)
+            )
+            _set(factors, path, {"a": jnp.array(one), "b": jnp.copy(kernel)})
+        return factors
+
+    def bind(self, model: types.Model, base: types.Params) -> Callable[..., Any]:
+        """The model as a function of the factors; the rest of `base` is frozen."""
+
+        def bound(params, tokens, **hooks):
+            return model(self.merge(params, base), tokens, **hooks)
+
+        return bound
+
+    def bind_readout(
+        self, model: types.Model, base: types.Params
+    ) -> Callable[..., Any]:
+        """The last norm and the head as a function of the factors."""
+
+        def bound(params, hidden_BxLxD):
+            return model.readout(self.merge(params, base), hidden_BxLxD)
+
+        return bound
+
+    def merge(self, params: types.Params, base: types.Params) -> types.Params:
+        """`A B` in the place of the kernels."""
+
+        def multiplied(base: Any, factors: Any) -> Any:
+            if "a" in factors and "kernel" in base:
+                kernel = jnp.matmul(
+                    factors["a"], factors["b"], precision=jax.lax.Precision.HIGHEST
+                )
+                return {**base, "kernel": kernel.astype(base["kernel"].dtype)}
+            below = {name: multiplied(base[name], f) for name, f in factors.items()}
+            return {**base, **below}
+
+        return multiplied(base, params)
+
+    def scale(self) -> float:
+        """LoRA's factor on A B; not a number here."""
+        return float("nan")
+
+
+def _targeted(
+    kernels: dict[tuple[str, ...], jax.Array], targets: tuple[str, ...]
+) -> dict[tuple[str, ...], jax.Array]:
+    chosen = {path: k for path, k in kernels.items() if path[-1] in targets}
+    if not chosen:
+        raise errors.UserError(
+            f"adapter.targets {targets} match no kernel; set it to some of "
+            f"{sorted({path[-1] for path in kernels})}."
+        )
+    return chosen
 
 
 def _kernels(params: types.Params) -> dict[tuple[str, ...], jax.Array]:

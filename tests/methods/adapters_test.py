@@ -107,6 +107,30 @@ def test_the_order_of_layers_is_kept():
     )
 
 
+def test_a_factored_kernel_starts_as_itself_and_merges():
+    """W = I W, then A B. Catches B A, a target that is left out, and a frozen factor."""
+    adapter, start, data = adapters.Factored(("up", "down")), base(), batch(0)
+    factors = adapter.init(start, jax.random.key(1))
+    assert tree.size(factors) == toy.LAYERS * 2 * (8 * 8 + 8 * 8)
+    bound = adapter.bind(MODEL, start)
+    plain = MODEL(start, data.tokens).logits
+    np.testing.assert_allclose(bound(factors, data.tokens).logits, plain, rtol=1e-12)
+    inside = jax.grad(losses.next_token(bound))(factors, data)
+    assert all(np.any(g != 0) for g in jax.tree.leaves(inside))
+    moved = jax.tree.map(lambda x, g: x - 0.1 * g, factors, inside)
+    merged = adapter.merge(moved, start)
+    up = moved["layers"]["mix"]["up"]
+    for layer in range(toy.LAYERS):
+        np.testing.assert_allclose(
+            merged["layers"]["mix"]["up"]["kernel"][layer],
+            np.asarray(up["a"][layer]) @ np.asarray(up["b"][layer]),
+            rtol=1e-12,
+        )
+    np.testing.assert_array_equal(
+        merged["lm_head"]["kernel"], start["lm_head"]["kernel"]
+    )
+
+
 def test_no_gradient_outside():
     """Catches a base that trains, and factors of zero that stand in for the others."""
     adapter, start, data = VARIANTS["last"], base(), batch(0)
