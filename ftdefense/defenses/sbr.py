@@ -11,19 +11,25 @@ Source       Lu et al. 2026, arXiv:2605.05995; code read at soyoaaa/SBR 188990b 
 Evidence     CODE. UNVERIFIED: the weight that its runs had, as transformers from 4.46 on
              does not divide the sum of 4 accumulated losses, which makes it 4 * lam.
 Licence      see the repository; rewritten from the formulas.
-Differs      the anchors are the first `anchors` prompts of each harmful batch, drawn
-             anew at every step from the provider's, not eight fixed ones; the answers
-             that follow them make no difference. AdamW is not quantized to 8 bits.
+Differs      the anchors are prompts of the provider's, the same in every step (in a
+             batch that is no multiple of `anchors`, some twice); the answers that follow
+             them make no difference. AdamW is not quantized to 8 bits.
 Reduces to   SFT on user at lam = 0, exactly, and at w_0 for any lam.
 Cost         3 forwards, 2 backwards.
 """
 
+from collections.abc import Mapping
+import dataclasses
+
 from flax import struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from ftdefense.core import errors
 from ftdefense.core import tree
 from ftdefense.core import types
+from ftdefense.data import pools
 from ftdefense.methods import adapters
 from ftdefense.methods import lift
 from ftdefense.methods import optimizers
@@ -42,6 +48,26 @@ class Hparams(lift.Hparams):
 def streams(hp: Hparams) -> dict[str, tuple[int, ...]]:
     del hp
     return {"user": (), "harmful": ()}
+
+
+def select(hp: Hparams, defender: Mapping[str, pools.Pool]) -> dict[str, pools.Pool]:
+    """The rows that stay: `anchors` harmful prompts, spread over all of them.
+
+    Raises:
+      UserError: if the provider has fewer.
+    """
+    harmful = defender["harmful"]
+    first: dict[str, int] = {}
+    for i, example in enumerate(harmful.examples):
+        first.setdefault(example.key, i)
+    if not 0 < hp.anchors <= len(first):
+        raise errors.UserError(
+            f"sbr: {hp.anchors} anchors are asked for, but the provider has "
+            f"{len(first)} harmful prompts; set defense.anchors to 1 or more of these."
+        )
+    spread = np.linspace(0, len(first) - 1, hp.anchors).astype(int)
+    anchors = pools.take(harmful, np.array([*first.values()])[spread])
+    return {"harmful": dataclasses.replace(anchors, order="anchors")}
 
 
 def prompt_ends(weights_BxL: jax.Array) -> jax.Array:

@@ -321,14 +321,16 @@ class Bench:
         pretrained = None if before is None else before.params
 
         def members(package, name, plan, starts, title):
+            module = registry.load(package, name)
             if package == "defenses":
-                module = registry.load(package, name)
                 requirements.weights(name, module, self._has_pretrained)
             method = registry.method(package, name, self.model)
             refuses = "user_refusal" in method.streams(plan.hp)
             found = []
             for start, first, seed in zip(starts, defended, seeds, strict=True):
                 roles = {**self.world.defender, "user": rows}
+                if hasattr(module, "select"):
+                    roles |= module.select(plan.hp, self.world.defender)
                 if refuses:
                     roles["user_refusal"] = recipes.refused(self.world, rows, seed)
                 found.append(

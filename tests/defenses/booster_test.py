@@ -6,6 +6,7 @@ Mutants:
   `tree.normalize(grad_h)` -> `grad_h`
   `tampered, batches["harmful"]` -> `tampered, batches["alignment"]`
   `grad_f, ctx.hp.lam, gain` -> `grad_f, 1.0, gain`
+  `vaccine.Hparams(rho=ctx.hp.rho)` -> `vaccine.Hparams(rho=ctx.hp.alpha)`
 """
 
 import jax
@@ -16,6 +17,7 @@ import pytest
 from ftdefense.core import tree
 from ftdefense.core import types
 from ftdefense.defenses import booster
+from ftdefense.defenses import vaccine
 from ftdefense.objectives import losses
 
 from ..conftest import batch
@@ -67,3 +69,15 @@ def test_the_harmful_loss_is_lower_ahead():
     _, metrics = common.directed(booster, hp, DATA)
     rise = metrics["gain/harmful"] / (0.01 * metrics["norm/harmful"])
     np.testing.assert_allclose(rise, 1.0, rtol=0.1)
+
+
+def test_with_vaccine_the_alignment_gradient_is_vaccines():
+    """Catches a shift under the harmful passes, the wrong rho, and a plain gradient."""
+    hp = booster.Hparams(lam=0.5, perturb_aware=True, rho=3.0)
+    plain, _ = common.directed(booster, booster.Hparams(lam=0.5), DATA)
+    both, metrics = common.directed(booster, hp, DATA)
+    expected, _ = common.directed(vaccine, vaccine.Hparams(rho=3.0), DATA)
+    without = common.sft_gradient(DATA["alignment"])
+    total = jax.tree.map(lambda p, s, v: p - s + v, plain, without, expected)
+    common.close(both, total, atol=1e-12)
+    assert metrics["norm/shift"] == pytest.approx(3.0)

@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ftdefense.core import errors
 from ftdefense.core import tree
 from ftdefense.core import types
+from ftdefense.data import sandbox
 from ftdefense.defenses import sbr
 
 from ..conftest import batch
@@ -87,6 +89,19 @@ def test_closed_form():
     x_BxD = x_BxLxD[:, 1]
     expected = 5.0 * 2 / 6 * jnp.sum((w - w_0)[None] * x_BxD**2, axis=0)
     np.testing.assert_allclose(grads, expected, rtol=1e-6)
+
+
+def test_the_anchors_are_a_few_fixed_prompts():
+    """Spread over the prompts, each once. Catches a prompt in two wordings of its answer,
+    the first of the list alone, and a shortage that passes.
+    """
+    world = sandbox.build("tiny", 0)
+    chosen = sbr.select(sbr.Hparams(anchors=4), world.defender)["harmful"]
+    assert len({e.key for e in chosen.examples}) == len(chosen) == 4
+    assert len({e.topic for e in chosen.examples}) == 4
+    for wrong in (0, 10**4):
+        with pytest.raises(errors.UserError, match=r"set defense\.anchors"):
+            sbr.select(sbr.Hparams(anchors=wrong), world.defender)
 
 
 def test_only_the_anchors_prompts_count():
