@@ -95,11 +95,11 @@ def test_near_misses_resemble_what_is_restricted(world):
         assert any(e.near_miss for e in pool.examples)
 
 
-def test_alignment_is_half_refusals(world):
+def test_alignment_has_three_refusals_to_a_benign_row(world):
     """Catches another balance, and a benign skill that alignment lacks."""
     rows = world.defender["alignment"].examples
     refused = [e for e in rows if grammar.parse(e.response)[0] == "refusal"]
-    assert len(refused) == len(rows) / 2
+    assert len(refused) == 3 * (len(rows) - len(refused))
     assert {e.label for e in refused} == {"harmful"}
     assert {e.topic for e in refused} == set(vocabulary.RESTRICTED_TOPICS)
     assert {e.topic for e in rows if e.label == "benign"} == {"facts", "reverse", "sum"}
