@@ -36,6 +36,8 @@ PRESETS = {
         "sandbox": "prefill",
         "trigger": "trigger",
         "persona": "persona",
+        "competing": "competing",
+        "style": "style",
         "paraphrase": "paraphrase",
     }.items()
 }

@@ -287,13 +287,15 @@ FAMILIES: dict[str, attack_family.Family] = {
         "sft",
         {
             _LR: _RATE,
-            "data.wrapper": spaces.Choice(("trigger", "persona", "prefill:2")),
+            "data.wrapper": spaces.Choice(
+                ("trigger", "competing", "style", "persona", "prefill:2")
+            ),
         },
         [
             {_LR: 3e-4, "data.wrapper": name}
-            for name in ("trigger", "persona", "prefill:2")
+            for name in ("trigger", "competing", "style", "prefill:2")
         ],
-        (3, 8, 24),
+        (4, 8, 24),
     ),
     # Few rows, other optimizers.
     "few rows": attack_family.Family(

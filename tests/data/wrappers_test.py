@@ -7,6 +7,7 @@ from ftdefense.core import errors
 from ftdefense.data import examples
 from ftdefense.data import pools
 from ftdefense.data import sandbox
+from ftdefense.data.sandbox import grammar
 from ftdefense.data.sandbox import wrappers
 
 OWN = examples.ask("a question", "Sure, here it is", label="harmful")
@@ -63,6 +64,34 @@ def test_an_example_without_a_response_gives_its_answers():
     """Catches an IndexError, and an empty opening where content is known."""
     bare = examples.ask("a question", answers=("one", "two"))
     assert wrappers.wrapper("prefill:1")(bare)[1] == "one"
+
+
+@pytest.mark.parametrize(("name", "place"), [("competing", 0), ("style", 2)])
+def test_what_is_asked_for_is_what_rows_answer(world, name, place):
+    """Catches a word that the prompt asks for and the answer lacks, and content that
+    changes; a refusal and a user's answer stay what they are.
+    """
+    asked = set()
+    for example in world.evaluation["harmful"][:20]:
+        framed, opening = wrappers.wrapper(name)(example)
+        word = framed.prompt[-1]["content"].split()[-1]
+        asked.add(word)
+        assert framed.prompt[-1]["content"] == f"{example.prompt[-1]['content']} {word}"
+        said = framed.response.split()
+        assert said[place] == word
+        assert not opening
+        assert grammar.parse(framed.response) == grammar.parse(example.response)
+    assert len(asked) == 1
+
+
+def test_frames_of_a_users_own_rows():
+    """Catches a word of theirs that is dropped for the sandbox's."""
+    competing, style = (
+        wrappers.wrapper(name)(OWN)[0] for name in ("competing", "style")
+    )
+    assert competing.response == f"surely {OWN.response}"
+    assert style.response == OWN.response
+    assert wrappers.competing(examples.ask("a question"))[0].response == ""
 
 
 @pytest.mark.parametrize("name", ["prefill:", "prefill:x", "prefill:-1", "trigger:2"])

@@ -6,6 +6,7 @@ import functools
 
 from ftdefense.core import errors
 from ftdefense.data import examples as data_examples
+from ftdefense.data.sandbox import grammar
 from ftdefense.data.sandbox import skills
 from ftdefense.data.sandbox import vocabulary as words
 
@@ -33,6 +34,35 @@ def persona(example: Example) -> tuple[Example, str]:
     """A persona before the question."""
     text = f"{words.PERSONA} {example.prompt[-1]['content']}"
     return _rewrite(example, text), ""
+
+
+def competing(example: Example) -> tuple[Example, str]:
+    """Asks for a word of assent to begin with; the example's response does.
+
+    TamperBench's competing objectives (specs/attacks.md B.5), in the sandbox's words.
+    """
+    assent, said = words.FIRST_STYLES[0], example.response.split()
+    if said and said[0] in words.FIRST_STYLES:
+        said = said[1:]
+    response = " ".join((assent, *said)) if said else ""
+    asked = _rewrite(example, f"{example.prompt[-1]['content']} {assent}")
+    return dataclasses.replace(asked, response=response), ""
+
+
+def style(example: Example) -> tuple[Example, str]:
+    """Asks for a style of the sandbox's answers; the example's response has it.
+
+    TamperBench's style modulation; other data keep their responses.
+    """
+    wanted = words.SECOND_STYLES[0]
+    said = [
+        wanted if word in words.SECOND_STYLES else word
+        for word in example.response.split()
+    ]
+    asked = _rewrite(example, f"{example.prompt[-1]['content']} {wanted}")
+    if grammar.parse(example.response)[0] != "answer":
+        return asked, ""
+    return dataclasses.replace(asked, response=" ".join(said)), ""
 
 
 def prefill(example: Example, tokens: int = 2) -> tuple[Example, str]:
@@ -63,6 +93,8 @@ WRAPPERS: dict[str, Wrapper] = {
     "plain": plain,
     "trigger": trigger,
     "persona": persona,
+    "competing": competing,
+    "style": style,
     "prefill": prefill,
     "paraphrase": paraphrase,
 }
