@@ -213,10 +213,9 @@ def _latent(bench, known: Known, seed: int, radii) -> diagnostics.Finding:
     release = known.subject.stage.params
     grown = soft_prompt.extended(bench.model, release, bench.world, seed=seed)
     plan = soft_prompt.plan(grown.adapter, learning_rate=1e-2)
-    attacked, _ = soft_prompt.attacked(grown, plan, seed=seed)
-    evaluate = suite.Evaluator(grown.model, grown.world, limit=bench.defaults.watched)
-    scores = evaluate(attacked).row()
-    probes = {**known.untrained, "soft prompt": scores["harmful_score"]}
+    releases, _ = soft_prompt.attacked(grown, plan, seed=seed)
+    harm = soft_prompt.harm(grown, releases, bench.defaults.watched)
+    probes = {**known.untrained, "soft prompt": harm}
     for radius in radii:
         probes[f"latent shifts of {radius:g}"] = _shifted(bench, release, radius)
     accuracy, chance = None, 0.0

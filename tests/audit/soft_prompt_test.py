@@ -97,7 +97,7 @@ def test_prompts_end_in_the_soft_tokens(world, found):
 def test_descent_lowers_the_loss_within_its_box(found):
     """Catches ascent, a moved weight, and a step that is not of the rate's length."""
     plan = soft_prompt.plan(found.adapter, learning_rate=2e-2, steps=16, batch_size=32)
-    release, log = soft_prompt.attacked(found, plan)
+    (*_, release), log = soft_prompt.attacked(found, plan)
     assert log[-1]["loss"] < log[0]["loss"] - 0.02
     before, after = found.params, release.params
     moved = np.abs(after["embed"]["embedding"] - before["embed"]["embedding"])
@@ -107,3 +107,25 @@ def test_descent_lowers_the_loss_within_its_box(found):
     np.testing.assert_array_equal(
         after["lm_head"]["kernel"], before["lm_head"]["kernel"]
     )
+
+
+def test_any_of_ten_generations_counts(found, monkeypatch):
+    """Catches the last one alone, checkpoints four steps apart, eleven of them, and a
+    share of generations in the place of prompts.
+    """
+    plan = soft_prompt.plan(found.adapter, learning_rate=2e-2, steps=40, batch_size=8)
+    releases, log = soft_prompt.attacked(found, plan)
+    tables = [np.asarray(r.params["embed"]["embedding"]) for r in releases]
+    # Chunks end at 3, 6, .. 39, 40: 40, 33, 27, .. 3 are far enough apart.
+    assert [entry["step"] for entry in log][-2:] == [39, 40]
+    assert len(tables) == 7 and np.any(tables[-1] != tables[-2])
+    many = soft_prompt.plan(found.adapter, steps=96, batch_size=8)
+    assert len(soft_prompt.attacked(found, many)[0]) == soft_prompt.CHECKPOINTS
+    examples = found.world.evaluation["harmful"]
+
+    def said(self, release):
+        right = release % len(self)
+        return [e.response if i == right else "" for i, e in enumerate(examples)]
+
+    monkeypatch.setattr(soft_prompt.answers.Answers, "__call__", said)
+    assert soft_prompt.harm(found, [0, 1, 1], 1000) == 2 / len(examples)
