@@ -6,7 +6,8 @@ SFT with the adapter `methods.rows.Rows` on the model, weights and world of `ext
 Evidence: CODE for the descent, the number of tokens (20) and the rates of both releases;
 the universal suffix is trained on answers, where the code has one affirmative target
 per prompt (DESIGN); rows start from the embeddings of random tokens (RECONSTRUCTION).
-Any of ten checkpoints may succeed. Sweep the number of tokens: on the sandbox's two layers one does more than ten.
+Any of ten checkpoints may succeed. Sweep the number of tokens: on the sandbox's two
+layers one does more than ten.
 """
 
 from collections.abc import Sequence
