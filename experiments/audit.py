@@ -6,7 +6,8 @@
 
 searches every attack family for the settings that do most harm to a model that stays
 useful, repeats the worst at several seeds, asks whether the evaluation can be believed,
-and writes audit.html. Repeating the command resumes what was interrupted.
+and writes audit.html. Repeating the command resumes what was interrupted. A defense that
+acts while a provider fine-tunes is attacked by what its user submits.
 """
 
 import json
@@ -29,6 +30,7 @@ from ftdefense.audit import families
 from ftdefense.audit import judgement
 from ftdefense.audit import probing
 from ftdefense.audit import search
+from ftdefense.audit import services
 from ftdefense.audit import studies
 from ftdefense.core import config
 from ftdefense.core import errors
@@ -72,6 +74,9 @@ FOR_SCALE = {"quick": ("full",), "standard": ("full", "sidestepper")}
 def main() -> None:
     workdir, seeds = settings.workdir(), tuple(settings.seeds())
     subjects.check()
+    if subjects.in_service():
+        families.FAMILIES.clear()
+        families.FAMILIES.update(services.FAMILIES)
     own = dict(attack_family.of_attack(reference) for reference in FLAGS.attack)
     unknown = set(FLAGS.families) - {*families.FAMILIES, *own}
     if unknown:
@@ -84,7 +89,7 @@ def main() -> None:
     given = subjects.given(bench)
     storage = studies.opened(FLAGS.storage) if FLAGS.storage else None
     settings.claim(workdir, resolved(bench, seeds))
-    runner = cells.Cells(bench, threat="open_weight")
+    runner = cells.Cells(bench, threat=subjects.threat())
     audited = subjects.audited(given, runner, seeds)
     references = subjects.references(bench, runner, seeds)
     templates = subjects.templates()
@@ -101,7 +106,9 @@ def main() -> None:
             searcher,
             one,
             (),
-            FOR_SCALE.get(FLAGS.budget, ("full", "sidestepper")),
+            ("harmful rows",)
+            if subjects.in_service()
+            else FOR_SCALE.get(FLAGS.budget, ("full", "sidestepper")),
         ).trials()
         for one in references
     }
@@ -110,7 +117,9 @@ def main() -> None:
         one.name: horizon(bench, runner, one, seeds[0])
         for one in [audited, *references]
     }
-    probes = probe(bench, searcher, audited, references, found, seeds[0])
+    probes = None
+    if not subjects.in_service():  # Whose weights nobody sees.
+        probes = probe(bench, searcher, audited, references, found, seeds[0])
     judged = judgement.judge(
         bench,
         dossier.Dossier(
@@ -216,7 +225,7 @@ def confirm(
             bench, name, winners[name]["values"], FLAGS.defense or ""
         )
         repeated = runner.attack(
-            settings.Chosen(audited.name, audited.name, _no_plan()),
+            audited.defense,
             audited.stages,
             audited.before,
             settings.Chosen(name, module, plan, f"{module} {winners[name]['values']}"),
@@ -239,7 +248,8 @@ def horizon(
     steps = {"quick": 512, "standard": 1536, "full": 6144}[FLAGS.budget]
     base = bench.plan("attacks", "sft")
     runs = []
-    for factor in (1.0,) if quick else (1.0, 3.0, 10.0):
+    # The rate of a service is its provider's.
+    for factor in (1.0,) if quick or subjects.in_service() else (1.0, 3.0, 10.0):
         plan = base
         for assignment in (
             f"steps={steps}",
@@ -249,7 +259,7 @@ def horizon(
             plan = config.override_plan(plan, assignment)
         runs.append(
             runner.attack(
-                settings.Chosen(one.name, one.name, _no_plan()),
+                one.defense,
                 one.stages[:1],
                 one.before[:1],
                 settings.Chosen("horizon", "sft", plan, f"sft {steps} x{factor:g}"),
@@ -300,11 +310,6 @@ def probe(
         points=15 if FLAGS.budget == "quick" else 30,
         radii=() if FLAGS.budget == "quick" else (3.0, 10.0),
     )
-
-
-def _no_plan() -> plans.Plan:
-    """Of a defense that is trained already."""
-    return plans.Plan(None)
 
 
 def write(

@@ -110,7 +110,10 @@ class Cells:
             provider, edits = threats.provider(bench, defense.name, defense.plan)
             # What an edit would still change is not what a checkpoint would release.
             watched = {} if edits else watched
-            done = bench.served(provider, data, releases, seeds, edits=edits, **watched)
+            # The epochs of a service are its user's, and those of other attacks no epochs.
+            steps = attack.plan.steps if attack.name == "sft" else 0
+            options = {"edits": edits, "steps": steps, **watched}
+            done = bench.served(provider, data, releases, seeds, **options)
             pools = {"user": recipes.attacker_pools(bench.world, data)["user"]}
         else:
             done = bench.attacked(attack.name, attack.plan, releases, seeds, **watched)

@@ -16,6 +16,7 @@ from ftdefense.audit import search
 from ftdefense.core import cards
 from ftdefense.core import errors
 from ftdefense.core import registry
+from ftdefense.methods import plans
 from ftdefense.models import huggingface
 from ftdefense.training import checkpoint
 from ftdefense.training import pipeline
@@ -46,21 +47,26 @@ class Subject:
       name: for people; of a defense, its reference.
       stages: its weights, for each seed; one release may stand for all.
       before: its rows before any attack, for each seed.
+      defense: what made it, under the name that results carry.
+      service: whoever fine-tunes it; None: its weights are open.
     """
 
     name: str
     stages: list[stages.Stage]
     before: list[dict[str, Any]]
+    defense: settings.Chosen
+    service: tuple[pipeline.Provider, pipeline.Edits] | None = None
 
     def target(self) -> search.Target:
-        return search.Target(self.name, self.stages[0], self.before[0]["capability"])
+        capability = self.before[0]["capability"]
+        return search.Target(self.name, self.stages[0], capability, self.service)
 
 
 def check() -> None:
     """Refuses what no audit can be of.
 
     Raises:
-      UserError: if flags contradict one another, or a defense is not in the weights.
+      UserError: if flags contradict one another.
     """
     if bool(FLAGS.defense) == bool(FLAGS.checkpoint):
         raise errors.UserError("give one of --defense=NAME and --checkpoint=FOLDER.")
@@ -74,11 +80,16 @@ def check() -> None:
         raise errors.UserError(
             f"--template={unknown[0]}: T1, T2, T3 or T4 is expected."
         )
-    if FLAGS.defense and not threats.fits(_name(), "open_weight"):
-        raise errors.UserError(
-            f"--defense={_name()} acts while a provider fine-tunes, and an audit attacks "
-            f"released weights; run.py --defense={_name()} attacks it in its service."
-        )
+
+
+def in_service() -> bool:
+    """Whether the defense acts while a provider fine-tunes: only rows reach it then."""
+    return bool(FLAGS.defense) and not threats.fits(_name(), "open_weight")
+
+
+def threat() -> str:
+    """The threat model of the audit: the one that the defense was made for."""
+    return "service" if in_service() else "open_weight"
 
 
 def _name() -> str:
@@ -120,11 +131,25 @@ def audited(
     if isinstance(given, stages.Stage):
         name = pathlib.Path(FLAGS.checkpoint).name
         before = runner.before(name, [given], seeds[:1])
-        return _for_all(Subject(name, [given], before), seeds)
+        there = settings.Chosen(name, name, plans.Plan(None))
+        return _for_all(Subject(name, [given], before, there), seeds)
     quick = FLAGS.budget == "quick"
-    releases, before = runner.defend(given, seeds[:1] if quick else seeds)
-    one = Subject(_short(given.reference), releases, before)
+    one = _trained(given, runner, seeds[:1] if quick else seeds)
     return _for_all(one, seeds) if quick else one
+
+
+def _trained(
+    chosen: settings.Chosen, runner: cells.Cells, seeds: tuple[int, ...]
+) -> Subject:
+    releases, before = runner.defend(chosen, seeds)
+    name = _short(chosen.reference)
+    service = (
+        threats.provider(runner.bench, chosen.name, chosen.plan)
+        if in_service()
+        else None
+    )
+    made = dataclasses.replace(chosen, reference=name)
+    return Subject(name, releases, before, made, service)
 
 
 def _short(reference: str) -> str:
@@ -168,7 +193,7 @@ def references(
     found = []
     for name in names:
         (chosen,) = settings.chosen(bench, "defenses", [name])
-        found.append(Subject(name, *runner.defend(chosen, seeds[:1])))
+        found.append(_trained(chosen, runner, seeds[:1]))
     return found
 
 

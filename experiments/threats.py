@@ -9,9 +9,6 @@ from ftdefense.methods import plans
 from ftdefense.training import pipeline
 from ftdefense.training import requirements
 
-Provider = tuple[str, str, plans.Plan]
-Edits = tuple[tuple[str, plans.Plan], ...]
-
 
 def acts_in_service(defense: str) -> bool:
     """Whether a defense trains on, or edits after, the user's fine-tuning."""
@@ -51,7 +48,7 @@ def submitted(bench: pipeline.Bench, attack: str, plan: plans.Plan) -> recipes.R
 
 def provider(
     bench: pipeline.Bench, defense: str, plan: plans.Plan
-) -> tuple[Provider, Edits]:
+) -> tuple[pipeline.Provider, pipeline.Edits]:
     """The provider's fine-tuning method, and its edits of what comes out."""
     module = registry.load("defenses", defense)
     stage = requirements.stage_of(module)

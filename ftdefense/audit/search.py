@@ -11,6 +11,7 @@ import optuna
 from ftdefense.audit import effort
 from ftdefense.audit import spaces
 from ftdefense.audit import studies
+from ftdefense.core import config
 from ftdefense.core import tree
 from ftdefense.core import types
 from ftdefense.data.sandbox import wrappers
@@ -32,11 +33,20 @@ class Target:
       name: for people and for studies.
       stage: its weights.
       capability: before any attack: the reference of what an attack may cost.
+      service: whoever fine-tunes it, and edits what comes out; of an attack only the
+        rows and the steps count then. None: its weights are open.
     """
 
     name: str
     stage: stages.Stage
     capability: float
+    service: tuple[pipeline.Provider, pipeline.Edits] | None = None
+
+    def key(self) -> str:
+        """Digest of what is attacked."""
+        if self.service is None:
+            return self.stage.key
+        return config.digest(self.stage.key, config.to_dict(self.service))
 
 
 class Searcher:
@@ -81,7 +91,7 @@ class Searcher:
         (`values`), what it cost, and what the screening saw.
         """
         study = studies.Study(
-            f"{target.name}/{target.stage.key}/{family}/s{self._seed}",
+            f"{target.name}/{target.key()}/{family}/s{self._seed}",
             self._storage,
             space,
             points=points,
@@ -92,12 +102,12 @@ class Searcher:
         while study.finished < trials:
             company = study.ask(min(self._parallel, trials))
             chosen = [spaces.apply(plan, trial.values) for trial in company]
-            members = [
-                self._bench.attack_job(attack, one, target.stage, self._seed)
-                for one in chosen
-            ]
+            members = [self._job(target, attack, one) for one in chosen]
             outcomes = together.sweep(members)
-            for trial, job, outcome in zip(company, members, outcomes, strict=True):
+            edited = self._edited(target, members, outcomes)
+            for trial, job, outcome, params in zip(
+                company, members, outcomes, edited, strict=True
+            ):
                 row = {
                     "target": target.name,
                     "family": family,
@@ -109,10 +119,49 @@ class Searcher:
                     "diverged": outcome.diverged is not None,
                 }
                 if outcome.diverged is None:
-                    row |= self._screened(target, job.plan, outcome.params)
+                    row |= self._screened(target, job.plan, params)
                 study.tell(trial, row)
                 on_trial(row)
         return study.rows()
+
+    def _job(self, target: Target, attack: str, plan: plans.Plan) -> jobs.Job:
+        if target.service is None:
+            return self._bench.attack_job(attack, plan, target.stage, self._seed)
+        provider, _ = target.service
+        return self._bench.serve_job(
+            provider,
+            plan.data,
+            target.stage,
+            target.stage,
+            self._seed,
+            steps=plan.steps,
+        )
+
+    def _edited(
+        self,
+        target: Target,
+        members: Sequence[jobs.Job],
+        outcomes: Sequence[together.Outcome],
+    ) -> list[types.Params]:
+        """What is released of each outcome: the weights themselves, or a service's edit.
+
+        What diverged is left alone.
+        """
+        released = [outcome.params for outcome in outcomes]
+        kept = [i for i, outcome in enumerate(outcomes) if outcome.diverged is None]
+        _, edits = target.service or (None, ())
+        for edit in edits:
+            for i in kept:
+                (job,) = self._bench.edit_jobs(
+                    edit,
+                    members[i].plan.data,
+                    [stages.given(released[i])],
+                    [target.stage],
+                    (self._seed,),
+                )
+                (done,) = together.sweep([job])
+                released[i] = done.params
+        return released
 
     def _account(self, job: jobs.Job, outcome: together.Outcome) -> dict[str, Any]:
         facts = job.facts(outcome.trainable, self._bench.world.length)

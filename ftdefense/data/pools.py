@@ -125,6 +125,19 @@ def concatenate(pools: Sequence[Pool], order: str) -> Pool:
     )
 
 
+def widen(pool: Pool, length: int, pad_id: int) -> Pool:
+    """The same rows with padding up to `length` tokens."""
+    more = length - pool.tokens.shape[1]
+    if more <= 0:
+        return pool
+    beside = ((0, 0), (0, more))
+    return dataclasses.replace(
+        pool,
+        tokens=np.pad(pool.tokens, beside, constant_values=pad_id),
+        weights=np.pad(pool.weights, beside),
+    )
+
+
 def take(pool: Pool, rows: int | np.ndarray) -> Pool:
     """The first `rows` rows (0: all), or the rows with the given indices."""
     if isinstance(rows, int):

@@ -35,6 +35,9 @@ from ftdefense.training import requirements
 from ftdefense.training import stages
 
 Seeds = tuple[int, ...]
+# Package, name and plan of a provider's method; names and plans of its edits.
+Provider = tuple[str, str, plans.Plan]
+Edits = tuple[tuple[str, plans.Plan], ...]
 # Makes pools that only a run of the model can tell: {role: Pool} for each seed.
 Derive = Callable[["Bench", Seeds], Sequence[Mapping[str, pools.Pool]]]
 
@@ -297,14 +300,87 @@ class Bench:
 
     # --- fine-tuning as a service ----------------------------------------------------
 
+    def serve_job(
+        self,
+        provider: Provider,
+        user: recipes.Recipe,
+        start: stages.Stage,
+        first: stages.Stage,
+        seed: int,
+        *,
+        steps: int = 0,
+        title: str = "",
+        observer_key: Any = None,
+    ) -> jobs.Job:
+        """A provider's method on the user's rows, not run yet.
+
+        Args:
+          user: what the user submits as role `user`.
+          start: where the method starts; `first`: the model before any fine-tuning.
+          steps: that the user asks for; 0: the provider's.
+        """
+        package, name, plan = provider
+        module = registry.load(package, name)
+        if package == "defenses":
+            requirements.weights(name, module, self._has_pretrained)
+        method = registry.method(package, name, self.model)
+        rows = recipes.attacker_pools(self.world, user)["user"]
+        roles = {**self.world.defender, "user": rows}
+        if hasattr(module, "select"):
+            roles |= module.select(plan.hp, self.world.defender)
+        if "user_refusal" in method.streams(plan.hp):
+            roles["user_refusal"] = recipes.refused(self.world, rows, seed)
+        # A frame makes the user's rows longer; methods put rows of roles side by side.
+        width = rows.tokens.shape[1]
+        roles = {
+            role: pools.widen(pool, width, self.world.pad_id)
+            for role, pool in roles.items()
+        }
+        before = self._maybe_pretrained()
+        return jobs.Job(
+            title or f"served-{name}",
+            method,
+            dataclasses.replace(plan, data=user, steps=steps or plan.steps),
+            types.Lineage(start.params, first.params, before and before.params),
+            roles,
+            seed,
+            self.defaults.attack,
+            parents=(stages.source_hash(package, name), start.key, observer_key),
+        )
+
+    def edit_jobs(
+        self,
+        edit: tuple[str, plans.Plan],
+        user: recipes.Recipe,
+        served: Sequence[stages.Stage],
+        defended: Sequence[stages.Stage],
+        seeds: Seeds,
+        observer_key: Any = None,
+    ) -> list[jobs.Job]:
+        """A post-fine-tuning defense of what a provider trained, not run yet."""
+        name, plan = edit
+        return [
+            self.serve_job(
+                ("defenses", name, plan),
+                user,
+                start,
+                first,
+                seed,
+                title=f"edited-{name}",
+                observer_key=observer_key,
+            )
+            for start, first, seed in zip(served, defended, seeds, strict=True)
+        ]
+
     def served(
         self,
-        provider: tuple[str, str, plans.Plan],
+        provider: Provider,
         user: recipes.Recipe,
         defended: Sequence[stages.Stage],
         seeds: Seeds,
         *,
-        edits: tuple[tuple[str, plans.Plan], ...] = (),
+        edits: Edits = (),
+        steps: int = 0,
         observe: stages.Observer | None = None,
         observer_key: Any = None,
     ) -> list[stages.Stage]:
@@ -315,47 +391,20 @@ class Bench:
             recipe is not used.
           user: the attack: what the user submits as role `user`.
           edits: post-fine-tuning defenses by name, applied in turn.
+          steps: that the user asks for; 0: the provider's.
         """
-        rows = recipes.attacker_pools(self.world, user)["user"]
-        before = self._maybe_pretrained()
-        pretrained = None if before is None else before.params
-
-        def members(package, name, plan, starts, title):
-            module = registry.load(package, name)
-            if package == "defenses":
-                requirements.weights(name, module, self._has_pretrained)
-            method = registry.method(package, name, self.model)
-            refuses = "user_refusal" in method.streams(plan.hp)
-            found = []
-            for start, first, seed in zip(starts, defended, seeds, strict=True):
-                roles = {**self.world.defender, "user": rows}
-                if hasattr(module, "select"):
-                    roles |= module.select(plan.hp, self.world.defender)
-                if refuses:
-                    roles["user_refusal"] = recipes.refused(self.world, rows, seed)
-                found.append(
-                    jobs.Job(
-                        title,
-                        method,
-                        dataclasses.replace(plan, data=user),
-                        types.Lineage(start.params, first.params, pretrained),
-                        roles,
-                        seed,
-                        self.defaults.attack,
-                        parents=(
-                            stages.source_hash(package, name),
-                            start.key,
-                            observer_key,
-                        ),
-                    )
-                )
-            return found
-
-        title = f"served-{provider[1]}"
-        served = self.run(members(*provider, defended, title), observe)
+        members = [
+            self.serve_job(
+                provider, user, d, d, seed, steps=steps, observer_key=observer_key
+            )
+            for d, seed in zip(defended, seeds, strict=True)
+        ]
+        served = self.run(members, observe)
         final = served
-        for name, plan in edits:
-            final = self.run(members("defenses", name, plan, final, f"edited-{name}"))
+        for edit in edits:
+            final = self.run(
+                self.edit_jobs(edit, user, final, defended, seeds, observer_key)
+            )
         # An edit is no part of the attack, whose budget and curve are the served one's.
         return [
             dataclasses.replace(last, log=stage.log, facts=stage.facts)

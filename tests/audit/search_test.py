@@ -1,6 +1,7 @@
 """Trials on a model that knows nothing: what is run, counted, kept and compiled."""
 
 import jax
+import numpy as np
 import pytest
 
 from ftdefense.audit import search
@@ -94,3 +95,31 @@ def test_what_was_tried_is_not_tried_again(bench, target, tmp_path, monkeypatch)
     first = run(bench, target, storage, trials=2)
     monkeypatch.setattr(search.together, "sweep", lambda members: 1 / 0)
     assert run(bench, target, storage, trials=2) == first
+
+
+def test_a_service_trains_and_edits_as_it_does_alone(
+    bench, target, tmp_path, monkeypatch
+):
+    """Catches the attack's own objective, the provider's steps, and an edit left out."""
+    seen = []
+
+    def screened(self, target, plan, params):
+        seen.append(params)
+        return {"harmful_score": 0.0, "capability": 1.0, "violation": 0.0}
+
+    monkeypatch.setattr(search.Searcher, "_screened", screened)
+    provider = ("defenses", "lisa", bench.plan("defenses", "lisa"))
+    edits = (("antidote_pruning", bench.plan("defenses", "antidote_pruning")),)
+    served = search.Target("served", target.stage, 0.5, (provider, edits))
+    chosen = {"steps": 2, "data.harmful_count": 8, "data.wrapper": "trigger"}
+    plan = spaces.apply(bench.plan("attacks", "sft"), chosen)
+    searcher = search.Searcher(bench, f"sqlite:///{tmp_path}/a.db", parallel=1)
+    (row,) = searcher.run(served, "rows", "sft", plan, {}, points=[{}], trials=1)
+    (alone,) = bench.served(
+        provider, plan.data, [target.stage], (0,), edits=edits, steps=2
+    )
+    assert row["steps"] == 2
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), seen[0], alone.params
+    )
+    assert served.key() != target.key()

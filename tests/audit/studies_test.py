@@ -1,5 +1,6 @@
 """Spaces and studies: what is tried, together, once, and again after a crash."""
 
+import importlib
 import math
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from ftdefense.audit import attack_family
 from ftdefense.audit import effort
 from ftdefense.audit import ensemble
 from ftdefense.audit import families
+from ftdefense.audit import services
 from ftdefense.audit import spaces
 from ftdefense.audit import studies
 from ftdefense.core import config
@@ -191,10 +193,13 @@ def test_adapters_by_name(value, scale, layers):
     assert adapter.layers == layers
 
 
-@pytest.mark.parametrize("name", families.FAMILIES)
-def test_every_family_resolves(name):
+@pytest.mark.parametrize(
+    ("table", "name"),
+    [(t.__name__, n) for t in (families, services) for n in t.FAMILIES],
+)
+def test_every_family_resolves(table, name):
     """Catches a family whose attack, preset, axis or value does not exist."""
-    family = families.FAMILIES[name]
+    family = importlib.import_module(table).FAMILIES[name]
     presets = registry.load("attacks", family.attack).PRESETS
     plan = family.plan or presets[family.preset]
     for assignment in family.fixed:

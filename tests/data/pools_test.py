@@ -124,3 +124,15 @@ def test_other_orders_and_seeds_draw_otherwise(world):
     renamed = dataclasses.replace(pool, order="other")
     assert np.any(streams.Stream(renamed, 32).rows(0) != rows)
     assert np.any(streams.Stream(pool, 32, (), 1).rows(0) != rows)
+
+
+def test_a_wider_pool_is_the_same_but_for_padding(world):
+    """Catches padding that has weight, on the left, and a pool that is cut."""
+    pool = world.attacker["harmful"]
+    wide = pools.widen(pool, 20, world.pad_id)
+    assert wide.tokens.shape == wide.weights.shape == (len(pool), 20)
+    np.testing.assert_array_equal(wide.tokens[:, :16], pool.tokens)
+    np.testing.assert_array_equal(wide.weights[:, :16], pool.weights)
+    assert np.all(wide.tokens[:, 16:] == world.pad_id)
+    assert not wide.weights[:, 16:].any()
+    assert pools.widen(pool, 16, 0) is pools.widen(pool, 3, 0) is pool

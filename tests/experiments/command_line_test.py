@@ -56,7 +56,7 @@ def mistake(tmp_path, script, arguments, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--defense=lisa"], ["--defense=lisa acts while a provider", "run.py"]),
+        (["--defense=lisa", "--families=kick-settle"], ["family 'kick-settle'"]),
         (["--checkpoint=nowhere"], ["nowhere/config.json not found"]),
         (["--defense=booster", "--template=T9"], ["--template=T9", "T1, T2"]),
         (["--defense=booster", "--reference=x"], ["--reference goes with"]),
