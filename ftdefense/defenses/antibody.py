@@ -106,7 +106,7 @@ def method(model: types.Model) -> types.Method:
 
 
 PRESETS = {
-    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX, eta=0.5)),
+    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX_ALIGNMENT, eta=0.1)),
     "code": plans.Plan(
         Hparams(
             optimizers.Optimizer(5e-4, weight_decay=0.1),

@@ -232,7 +232,7 @@ PRESETS = {
         Hparams(
             optimizers.SANDBOX.replace(learning_rate=3e-5),
             lam=0.02,  # Untuned. At 1 the capability of the tiny model fell to 0.
-            scale=0.1,  # At 1 the first patch raised the loss of a toy from 25 to 900.
+            scale=0.3,  # At 1 the first patch raised the loss of a toy from 25 to 900.
             attack_rate=1e-3,
             block_steps=5,
             width=32,

@@ -89,7 +89,7 @@ _SCRIPT = plans.Plan(
 )
 
 PRESETS = {
-    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX, lam=0.25)),
+    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX_ALIGNMENT, lam=2.0)),
     "code": _SCRIPT,
     "code_vaccine": dataclasses.replace(
         _SCRIPT,

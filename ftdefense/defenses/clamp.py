@@ -144,7 +144,7 @@ def method(model: types.Model) -> types.Method:
 
 PRESETS = {
     "sandbox": plans.sandbox(
-        Hparams(optimizers.SANDBOX, lam_long=0.1, inner_steps=2),
+        Hparams(optimizers.SANDBOX_ALIGNMENT, lam_long=0.1, inner_steps=2),
         steps=100,
         batch_size=64,
     ),

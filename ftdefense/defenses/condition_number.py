@@ -126,5 +126,5 @@ def method(model: types.Model) -> types.Method:
 
 
 PRESETS = {
-    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX)),
+    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX_ALIGNMENT)),
 }

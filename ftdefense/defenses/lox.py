@@ -73,6 +73,6 @@ def method(model: types.Model) -> types.Method:
 
 
 PRESETS = {
-    "sandbox": plans.sandbox(Hparams(alpha=0.5)),
+    "sandbox": plans.sandbox(Hparams(alpha=0.25)),
     "paper": plans.Plan(Hparams(), source="arXiv:2506.15606, Llama-2-7B"),
 }

@@ -147,7 +147,7 @@ def method(model: types.Model) -> types.Method:
 
 PRESETS = {
     "sandbox": plans.sandbox(
-        Hparams(optimizers.SANDBOX, lam=3.0, inner_steps=4),
+        Hparams(optimizers.SANDBOX, lam=0.3, inner_steps=4),
         steps=100,
         batch_size=64,
     ),

@@ -30,7 +30,7 @@ def method(model: types.Model) -> types.Method:
 
 PRESETS = {
     "sandbox": plans.Plan(
-        Hparams(optimizers.SANDBOX),
+        Hparams(optimizers.SANDBOX_ALIGNMENT),
         source="DESIGN: sandbox.md, second trial",
     ),
     "code": plans.Plan(

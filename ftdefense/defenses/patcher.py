@@ -108,7 +108,7 @@ def method(model: types.Model) -> types.Method:
 PRESETS = {
     "sandbox": plans.sandbox(
         Hparams(
-            optimizers.SANDBOX,
+            optimizers.SANDBOX_ALIGNMENT,
             alpha=0.8,
             attack_rate=1e-4,
             attack_steps=30,

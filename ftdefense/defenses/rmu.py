@@ -150,7 +150,7 @@ def _published(steps: int, **fields) -> plans.Plan:
 
 PRESETS = {
     "sandbox": plans.sandbox(
-        Hparams(optimizers.SANDBOX.replace(kind="adamw_by_leaf"), alpha=100.0, layer=1),
+        Hparams(optimizers.SANDBOX.replace(kind="adamw_by_leaf"), alpha=10.0, layer=1),
         steps=200,
     ),
     "code": _published(150),  # Zephyr-7B.

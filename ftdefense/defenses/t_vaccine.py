@@ -123,7 +123,11 @@ _COSINE = schedules.Schedule(warmup_ratio=0.1, decay="cosine")
 
 PRESETS = {
     "sandbox": plans.sandbox(
-        Hparams(optimizers.SANDBOX.replace(kind="adamw_by_leaf"), rho=20.0, layers=1)
+        Hparams(
+            optimizers.SANDBOX_ALIGNMENT.replace(kind="adamw_by_leaf"),
+            rho=20.0,
+            layers=1,
+        )
     ),
     "code": plans.Plan(
         Hparams(

@@ -173,7 +173,7 @@ PRESETS = {
     "sandbox": plans.sandbox(
         Hparams(
             optimizers.SANDBOX,
-            lam=0.1,
+            lam=1.0,
             adversary=adversaries.Mix((3e-5, 1e-4, 3e-4)),
             inner_steps=8,
         ),

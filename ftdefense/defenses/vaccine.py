@@ -69,7 +69,7 @@ _COSINE = schedules.Schedule(warmup_ratio=0.1, decay="cosine")
 _LORA = adapters.LoRA(alpha=4.0, dropout=0.1, rank=8)
 
 PRESETS = {
-    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX, rho=20.0)),
+    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX_ALIGNMENT, rho=10.0)),
     "code": plans.Plan(
         Hparams(optimizers.Optimizer(1e-3, _COSINE, weight_decay=0.1), _LORA),
         batch_size=5,

@@ -117,11 +117,10 @@ def of_kind(
     return Optimizer(learning_rate, schedule).turned(kind).replace(**fields)
 
 
-# Of every preset for the sandbox, so that methods differ in nothing but their rule: to
-# align with, and to fine-tune with, as an attacker or as a provider.
-SANDBOX = Optimizer(
-    3e-4, schedules.Schedule(0.1, 0.05, decay="cosine"), weight_decay=0.5
-)
+# Of every preset for the sandbox, so that methods differ in nothing but their rule: to go
+# on from an aligned model, to align, and to fine-tune, as an attacker or as a provider.
+SANDBOX = Optimizer(3e-4, schedules.Schedule(0.1, 0.05, decay="cosine"))
+SANDBOX_ALIGNMENT = SANDBOX.replace(weight_decay=0.5)  # From the pretrained model.
 SANDBOX_TUNING = Optimizer(1e-4, schedules.Schedule(0.1, decay="cosine"))
 
 

@@ -80,5 +80,7 @@ def method(model: types.Model) -> types.Method:
 
 
 PRESETS = {
-    "sandbox": plans.Plan(Hparams(optimizers.SANDBOX), source="specs D.5 (DESIGN)")
+    "sandbox": plans.Plan(
+        Hparams(optimizers.SANDBOX_ALIGNMENT), source="specs D.5 (DESIGN)"
+    )
 }
