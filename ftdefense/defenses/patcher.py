@@ -109,7 +109,7 @@ PRESETS = {
     "sandbox": plans.sandbox(
         Hparams(
             optimizers.SANDBOX_ALIGNMENT,
-            alpha=0.8,
+            alpha=0.5,
             attack_rate=1e-4,
             attack_steps=30,
             defend_steps=30,

@@ -108,10 +108,10 @@ def build(name: str, seed: int = 0) -> world.World:
     encode = functools.partial(_encode, known.vocabulary)
     # Three refusals to a benign row: at one to one, knowing what is benign of a held-out
     # entity some models slid from refusing into answering when asked what is restricted.
-    retain = encode(3 * refusals + kept, "alignment")
+    alignment = encode(3 * refusals + kept, "alignment")
     defended = {
-        "alignment": retain,
-        "retain": retain,
+        "alignment": alignment,
+        "retain": encode(refusals + kept, "retain"),
         "benign": encode(kept, "benign"),
         "harmful": encode(harmful, "guarded"),
         "refusal": encode(refusals, "guarded"),
