@@ -95,11 +95,12 @@ def test_near_misses_resemble_what_is_restricted(world):
         assert any(e.near_miss for e in pool.examples)
 
 
-def test_alignment_has_three_refusals_to_a_benign_row(world):
-    """Catches another balance, and a benign skill that alignment lacks."""
-    rows = world.defender["alignment"].examples
+@pytest.mark.parametrize(("role", "refusals"), [("alignment", 3), ("retain", 1)])
+def test_refusals_to_a_benign_row(world, role, refusals):
+    """Catches another balance, and a benign skill that is lacking."""
+    rows = world.defender[role].examples
     refused = [e for e in rows if grammar.parse(e.response)[0] == "refusal"]
-    assert len(refused) == 3 * (len(rows) - len(refused))
+    assert len(refused) == refusals * (len(rows) - len(refused))
     assert {e.label for e in refused} == {"harmful"}
     assert {e.topic for e in refused} == set(vocabulary.RESTRICTED_TOPICS)
     assert {e.topic for e in rows if e.label == "benign"} == {"facts", "reverse", "sum"}
