@@ -141,7 +141,7 @@ _CODE = Hparams(
 
 PRESETS = {
     "sandbox": plans.sandbox(
-        Hparams(optimizers.SANDBOX.replace(learning_rate=2e-3), jitter=1e-2),
+        Hparams(optimizers.SANDBOX.replace(learning_rate=3e-3), jitter=1e-2),
         steps=200,
     ),
     "code": plans.Plan(

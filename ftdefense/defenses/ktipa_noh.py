@@ -55,7 +55,7 @@ def method(model: types.Model) -> types.Method:
 
 PRESETS = {
     "sandbox": plans.sandbox(
-        Hparams(optimizers.SANDBOX, lam_undesirable=1.5),
+        Hparams(optimizers.SANDBOX, lam_undesirable=5.0),
         steps=100,
         batch_size=32,
     ),
