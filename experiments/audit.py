@@ -22,7 +22,6 @@ import settings
 import subjects
 import tqdm
 
-from ftdefense.audit import attack_family
 from ftdefense.audit import dossier
 from ftdefense.audit import effort
 from ftdefense.audit import ensemble
@@ -77,7 +76,7 @@ def main() -> None:
     if subjects.in_service():
         families.FAMILIES.clear()
         families.FAMILIES.update(services.FAMILIES)
-    own = dict(attack_family.of_attack(reference) for reference in FLAGS.attack)
+    own = dict(map(subjects.own_family, FLAGS.attack))
     unknown = set(FLAGS.families) - {*families.FAMILIES, *own}
     if unknown:
         raise errors.unknown("family", sorted(unknown)[0], {**families.FAMILIES, **own})
@@ -116,6 +115,7 @@ def main() -> None:
     horizons = {
         one.name: horizon(bench, runner, one, seeds[0])
         for one in [audited, *references]
+        if one.has_checkpoints
     }
     probes = None
     if not subjects.in_service():  # Whose weights nobody sees.
@@ -242,13 +242,12 @@ def horizon(
     """Plain fine-tuning of one release for long, judged at sixteen checkpoints.
 
     Beyond `quick` at three rates, of which the one that breaks first counts: weights
-    that are only rescaled must not look durable.
+    that are only rescaled must not look durable. The rate of a service is its provider's.
     """
     quick = FLAGS.budget == "quick"
     steps = {"quick": 512, "standard": 1536, "full": 6144}[FLAGS.budget]
     base = bench.plan("attacks", "sft")
     runs = []
-    # The rate of a service is its provider's.
     for factor in (1.0,) if quick or subjects.in_service() else (1.0, 3.0, 10.0):
         plan = base
         for assignment in (

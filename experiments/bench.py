@@ -59,7 +59,9 @@ def cost(
     described = {
         "antidote": lambda: (8 * hp.block_steps, 3 * hp.block_steps),
         "clamp": lambda: (7 * k + 5, 6 * k + 7),
-        "deep_alignment": lambda: (2 + min(hp.max_prefix, length) / length,) * 2,
+        "deep_alignment": lambda: (
+            (1 + min(hp.max_prefix, length) / length + hp.anchors,) * 2
+        ),
         "ktipa_code": lambda: (12, 3),
         "ktipa_noh": lambda: (3 * 6 + 1 + k, 3 * 2 + 1 + k),
         "ktipa_recon": lambda: (3 * 6 + 1 + k, 3 * 2 + 1 + k),

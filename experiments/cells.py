@@ -110,7 +110,8 @@ class Cells:
             provider, edits = threats.provider(bench, defense.name, defense.plan)
             # What an edit would still change is not what a checkpoint would release.
             watched = {} if edits else watched
-            # The epochs of a service are its user's, and those of other attacks no epochs.
+            # Steps that plain sft names are the user's wish; epochs, and the steps of
+            # other attacks, are not passed on.
             steps = attack.plan.steps if attack.name == "sft" else 0
             options = {"edits": edits, "steps": steps, **watched}
             done = bench.served(provider, data, releases, seeds, **options)

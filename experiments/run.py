@@ -56,8 +56,8 @@ flags.DEFINE_list(
     "wrappers",
     [],
     "Jailbreak analogues that harmful prompts are also put through: prefill:K on any "
-    "data; trigger, persona, paraphrase in the sandbox. Each adds a column "
-    "harmful_score/NAME.",
+    "data; trigger, persona, competing, style, paraphrase in the sandbox. Each adds a "
+    "column harmful_score/NAME.",
 )
 flags.DEFINE_integer(
     "jobs", 1, "Processes that share the defenses among them: on a CPU, one a core."

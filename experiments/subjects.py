@@ -12,6 +12,7 @@ import jax
 import settings
 import threats
 
+from ftdefense.audit import attack_family
 from ftdefense.audit import search
 from ftdefense.core import cards
 from ftdefense.core import errors
@@ -57,6 +58,11 @@ class Subject:
     defense: settings.Chosen
     service: tuple[pipeline.Provider, pipeline.Edits] | None = None
 
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether a long fine-tuning can be judged along its way: not before an edit."""
+        return self.service is None or not self.service[1]
+
     def target(self) -> search.Target:
         capability = self.before[0]["capability"]
         return search.Target(self.name, self.stages[0], capability, self.service)
@@ -80,6 +86,28 @@ def check() -> None:
         raise errors.UserError(
             f"--template={unknown[0]}: T1, T2, T3 or T4 is expected."
         )
+    if FLAGS.template and in_service():
+        raise errors.UserError(
+            f"--template: of --defense={_name()}, which acts in a service, no weights are "
+            "attacked; leave it out."
+        )
+
+
+def own_family(reference: str) -> tuple[str, attack_family.Family]:
+    """A user's own attack as a family; of a service only its rows and steps count.
+
+    Raises:
+      UserError: if there is no such attack, or a service would not carry it out.
+    """
+    name, family = attack_family.of_attack(reference)
+    if not in_service():
+        return name, family
+    if family.attack != "sft":
+        raise errors.UserError(
+            f"--attack={reference}: of an attack on a service only rows and steps count; "
+            f"give sft:PRESET, or use run.py --defense={_name()} --attack={reference}."
+        )
+    return name, dataclasses.replace(family, space={}, points=[{}], trials=(1, 1, 1))
 
 
 def in_service() -> bool:
@@ -199,6 +227,8 @@ def references(
 
 def templates() -> list[str]:
     """Templates of the defense: asked for, or from its card."""
+    if in_service():  # Whose weights no template's attack reaches.
+        return []
     if FLAGS.template or not FLAGS.defense:
         return FLAGS.template
     card = cards.card(registry.load("defenses", _name()))

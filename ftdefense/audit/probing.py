@@ -215,7 +215,7 @@ def _latent(bench, known: Known, seed: int, radii) -> diagnostics.Finding:
     plan = soft_prompt.plan(grown.adapter, learning_rate=1e-2)
     releases, _ = soft_prompt.attacked(grown, plan, seed=seed)
     harm = soft_prompt.harm(grown, releases, bench.defaults.watched)
-    probes = {**known.untrained, "soft prompt": harm}
+    probes = {**known.untrained, "soft prompt, any of 10": harm}
     for radius in radii:
         probes[f"latent shifts of {radius:g}"] = _shifted(bench, release, radius)
     accuracy, chance = None, 0.0

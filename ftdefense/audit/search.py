@@ -46,7 +46,10 @@ class Target:
         """Digest of what is attacked."""
         if self.service is None:
             return self.stage.key
-        return config.digest(self.stage.key, config.to_dict(self.service))
+        (package, name, _), edits = self.service
+        sources = [stages.source_hash(package, name)]
+        sources += [stages.source_hash("defenses", edit) for edit, _ in edits]
+        return config.digest(self.stage.key, sources, config.to_dict(self.service))
 
 
 class Searcher:
@@ -115,7 +118,7 @@ class Searcher:
                     "trial": trial.number,
                     "seed": self._seed,
                     "values": trial.values,
-                    **self._account(job, outcome),
+                    **self._account(target, job, outcome),
                     "diverged": outcome.diverged is not None,
                 }
                 if outcome.diverged is None:
@@ -163,9 +166,13 @@ class Searcher:
                 released[i] = done.params
         return released
 
-    def _account(self, job: jobs.Job, outcome: together.Outcome) -> dict[str, Any]:
+    def _account(
+        self, target: Target, job: jobs.Job, outcome: together.Outcome
+    ) -> dict[str, Any]:
         facts = job.facts(outcome.trainable, self._bench.world.length)
-        columns = budget.columns(facts, job.roles)
+        # Of a service's rows only the user's are the attacker's.
+        mine = {"user": job.roles["user"]} if target.service else job.roles
+        columns = budget.columns(facts, mine)
         spent = effort.flops(columns, tree.size(outcome.params))
         first, last = _ends(outcome.log)
         return {

@@ -19,7 +19,7 @@ _RATIO = "data.poison_ratio"
 def _family(
     space: dict[str, Any], points: list[dict[str, Any]], *fixed: str
 ) -> attack_family.Family:
-    """Plain rows at four points; a sweep varies the steps, too."""
+    """At a short budget where points name none; a sweep varies the steps, too."""
     points = [{"steps": families.STEPS, **point} for point in points]
     return attack_family.Family(
         "sft", {**space, "steps": _STEPS}, points, (4, 12, 24), fixed=fixed

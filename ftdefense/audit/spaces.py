@@ -45,7 +45,7 @@ def _adapter(value: str) -> list[str]:
     """`full`, or `lora16`: rank 16 on all projections, alpha twice the rank.
 
     `lora16x0.5` has a scale of its own, `lora16rs` that of rsLoRA, `lora16@1` factors
-    in block 1 alone. `factored`: every kernel a product of two.
+    in block 1 alone. `factored`: kernels as products of two.
     """
     if value in ("full", "factored"):
         return [f"adapter={value}"]

@@ -177,7 +177,7 @@ def refused(world: worlds.World, rows: pools.Pool, seed: int) -> pools.Pool:
             dataclasses.replace(example, response=refusals[i].response)
             for example, i in zip(rows.examples, drawn, strict=True)
         ],
-        world.length,
+        max(world.length, rows.tokens.shape[1]),  # A frame made them longer.
         order=rows.order,
         pad_id=world.pad_id,
         truncate=True,

@@ -178,10 +178,10 @@ class LoRA:
 
 @struct.dataclass
 class Factored:
-    """Every kernel a product of two: `x A B`, A one and B the kernel at first.
+    """Target kernels as products of two: `x (A B)`, A one and B the kernel at first.
 
     Both train at full rank: the function is the same, the path through the weights is
-    not. Source: the layer injection of specs/artifacts.md 4 (k = 2), without a
+    not. The product is formed in every step: for small models. Source: the layer injection of specs/artifacts.md 4 (k = 2), without a
     nonlinearity between the two (DESIGN).
     """
 

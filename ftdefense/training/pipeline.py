@@ -115,6 +115,8 @@ class Bench:
         known = {*self.world.defender, *self._derived, "user", "user_refusal"}
         method = registry.method("defenses", name, self.model)
         requirements.roles(name, method.streams(plan.hp), known)
+        if hasattr(module, "select"):
+            module.select(plan.hp, self.world.defender)
 
     # --- the lineage -----------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import pytest
 
 from ftdefense.audit import search
 from ftdefense.audit import spaces
+from ftdefense.data import recipes
 from ftdefense.data import sandbox
 from ftdefense.training import budgets
 from ftdefense.training import loop
@@ -119,7 +120,22 @@ def test_a_service_trains_and_edits_as_it_does_alone(
         provider, plan.data, [target.stage], (0,), edits=edits, steps=2
     )
     assert row["steps"] == 2
+    # The provider's own rows are no part of the attacker's budget.
+    assert 0 < row["unique_harmful"] <= 8
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), seen[0], alone.params
     )
-    assert served.key() != target.key()
+    before = served.key()
+    assert before != target.key()
+    monkeypatch.setattr(search.stages, "source_hash", lambda *_: "edited")
+    assert served.key() != before
+
+
+def test_what_a_provider_selects_is_what_it_trains_on(bench, target):
+    """Catches anchors that are drawn from all of the provider's prompts."""
+    plan = bench.plan("defenses", "sbr")
+    job = bench.serve_job(
+        ("defenses", "sbr", plan), recipes.Recipe(), target.stage, target.stage, 0
+    )
+    assert len(job.roles["harmful"]) == plan.hp.anchors
+    assert job.roles["harmful"].order == "anchors"

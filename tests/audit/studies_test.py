@@ -182,6 +182,14 @@ def test_families_at_another_scale():
     assert same["lora"] == families.FAMILIES["lora"]
 
 
+def test_a_services_families_stay_its_own(monkeypatch):
+    """Catches TAR's cells, which train weights, in the table of a service."""
+    monkeypatch.setattr(families, "FAMILIES", dict(services.FAMILIES))
+    found = families.at_scale(families.STEPS // 4, families.BATCH)
+    assert set(found) == set(services.FAMILIES)
+    assert found["harmful rows"].points[0] == {"steps": families.STEPS // 8}
+
+
 @pytest.mark.parametrize(
     ("value", "scale", "layers"),
     [("lora16", 2.0, ()), ("lora8x0.125", 0.125, ()), ("lora16rs@1", 8.0, (1,))],

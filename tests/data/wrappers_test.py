@@ -91,7 +91,10 @@ def test_frames_of_a_users_own_rows():
     )
     assert competing.response == f"surely {OWN.response}"
     assert style.response == OWN.response
-    assert wrappers.competing(examples.ask("a question"))[0].response == ""
+    for kept in ("", "sorry not possible"):
+        example = examples.ask("a question", kept)
+        for name in ("competing", "style"):
+            assert wrappers.wrapper(name)(example)[0].response == kept
 
 
 @pytest.mark.parametrize("name", ["prefill:", "prefill:x", "prefill:-1", "trigger:2"])

@@ -30,6 +30,7 @@ def call(script, *arguments):
         (["--set=defense.alfa=1"], ["unknown field 'alfa'"]),
         (["--set=booster.alfa=1"], ["unknown field 'alfa'", "'alpha'"]),
         (["--set=booster.alpha=much"], ["alpha is a number", "'much'"]),
+        (["--defense=sbr", "--set=sbr.anchors=0"], ["set defense.anchors"]),
         (["--set=booster.microbatches=1.5"], ["microbatches is a whole number"]),
         (["--preset=smal"], ["unknown preset", "'small'"]),
         (["--seeds=one"], ["--seeds=one", "whole numbers"]),
@@ -57,6 +58,8 @@ def mistake(tmp_path, script, arguments, words):
     ("arguments", "words"),
     [
         (["--defense=lisa", "--families=kick-settle"], ["family 'kick-settle'"]),
+        (["--defense=lisa", "--attack=quantise"], ["only rows and steps", "run.py"]),
+        (["--defense=lisa", "--template=T2"], ["--template", "leave it out"]),
         (["--checkpoint=nowhere"], ["nowhere/config.json not found"]),
         (["--defense=booster", "--template=T9"], ["--template=T9", "T1, T2"]),
         (["--defense=booster", "--reference=x"], ["--reference goes with"]),

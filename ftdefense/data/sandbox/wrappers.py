@@ -39,12 +39,15 @@ def persona(example: Example) -> tuple[Example, str]:
 def competing(example: Example) -> tuple[Example, str]:
     """Asks for a word of assent to begin with; the example's response does.
 
-    TamperBench's competing objectives (specs/attacks.md B.5), in the sandbox's words.
+    A refusal stays what it is. TamperBench's competing objectives (specs/attacks.md B.5), in the sandbox's words.
     """
     assent, said = words.FIRST_STYLES[0], example.response.split()
     if said and said[0] in words.FIRST_STYLES:
         said = said[1:]
-    response = " ".join((assent, *said)) if said else ""
+    if not said or grammar.parse(example.response)[0] == "refusal":
+        response = example.response
+    else:
+        response = " ".join((assent, *said))
     asked = _rewrite(example, f"{example.prompt[-1]['content']} {assent}")
     return dataclasses.replace(asked, response=response), ""
 
