@@ -58,7 +58,7 @@ def test_plans_take_fields_of_both():
     plan = plans.Plan(HP)
     assert config.override_plan(plan, "steps=7").steps == 7
     assert config.override_plan(plan, "alpha=7").hp.alpha == 7.0
-    assert config.has_field(plan, "lam=1") and not config.has_field(plan, "rho=7")
+    assert config.has_field(plan, "lam=1") and not config.has_field(plan, "width=7")
     with pytest.raises(errors.UserError, match="rho"):
         config.override_plan(plan, "rho=7")
 
