@@ -59,7 +59,7 @@ def test_plans_take_fields_of_both():
     assert config.override_plan(plan, "steps=7").steps == 7
     assert config.override_plan(plan, "alpha=7").hp.alpha == 7.0
     assert config.has_field(plan, "lam=1") and not config.has_field(plan, "width=7")
-    with pytest.raises(errors.UserError, match="rho"):
+    with pytest.raises(errors.UserError, match="width"):
         config.override_plan(plan, "width=7")
 
 
