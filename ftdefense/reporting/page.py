@@ -20,16 +20,16 @@ _STYLE = """
   --soft: #a0a0a8; --line: #38383e; --band: #202024; --bad: #ff8a80; --good: #7bd69a; }
   img { background: #fff; border-radius: 6px; padding: 6px; } }
 body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif;
-  color: var(--ink); background: var(--paper); max-width: 70rem; margin: 2.5rem auto;
+  color: var(--ink); background: var(--paper); max-width: 76rem; margin: 2.5rem auto;
   padding: 0 1.2rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin-bottom: .2rem; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 p.note, .note { color: var(--soft); font-size: .92rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .86rem; white-space: nowrap;
+table { border-collapse: collapse; font-size: .82rem; white-space: nowrap;
   font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; border-bottom: 2px solid var(--line); }
-th, td { padding: .28rem .8rem .28rem 0; }
+th, td { padding: .28rem .55rem .28rem 0; }
 table.wrap { white-space: normal; width: 100%; } pre.wrap { white-space: pre-wrap;
   overflow-wrap: anywhere; }
 table.wrap td { vertical-align: top; }
@@ -47,13 +47,11 @@ details { margin: .6rem 0; } summary { cursor: pointer; }
 def summary(rows: Sequence[Row]) -> list[str]:
     """What was found, in plain sentences."""
     after = [row for row in rows if row["stage"] == "after"]
-    attacks = list(dict.fromkeys(row["attack"] for row in after))
     said = []
     for defense in dict.fromkeys(row["defense"] for row in after):
         mine = [row for row in after if row["defense"] == defense]
-        broke = list(
-            dict.fromkeys(r["attack"] for r in mine if r["verdict"] == "BROKEN")
-        )
+        attacks = dict.fromkeys(row["attack"] for row in mine)
+        broke = list(filter(None, (_broken(mine, attack) for attack in attacks)))
         best = max(row["best_harmful_score_0.1"] for row in mine)
         if broke:
             said.append(
@@ -66,6 +64,15 @@ def summary(rows: Sequence[Row]) -> list[str]:
                 f"(harmful score up to {best:.2f} with capability kept)."
             )
     return said
+
+
+def _broken(rows: Sequence[Row], attack: str) -> str:
+    """The attack, with the number of seeds if not all of them fell; empty: none did."""
+    verdicts = [row["verdict"] for row in rows if row["attack"] == attack]
+    fell = verdicts.count("BROKEN")
+    if fell == len(verdicts):
+        return attack
+    return f"{attack} ({fell} of {len(verdicts)} seeds)" if fell else ""
 
 
 def render(
