@@ -66,8 +66,6 @@ flags.DEFINE_integer(
 )
 
 OWN_RATE = 0.1  # Of the sandbox's learning rates, for a user's larger model; DESIGN.
-# Families that are also run against the references, for scale.
-FOR_SCALE = {"quick": ("full",), "standard": ("full", "sidestepper")}
 
 
 def main() -> None:
@@ -105,9 +103,7 @@ def main() -> None:
             searcher,
             one,
             (),
-            ("harmful rows",)
-            if subjects.in_service()
-            else FOR_SCALE.get(FLAGS.budget, ("full", "sidestepper")),
+            for_scale(),
         ).trials()
         for one in references
     }
@@ -141,6 +137,13 @@ def main() -> None:
     write(workdir, bench, audited, found, scale, confirmed, horizons, judged, runner)
     print(audit_page.text(judged, found.trials(), confirmed))
     print(f"\n{workdir / 'audit.html'}")
+
+
+def for_scale() -> tuple[str, ...]:
+    """Families that are also run against the references."""
+    if subjects.in_service():
+        return services.FOR_SCALE
+    return ("full",) if FLAGS.budget == "quick" else ("full", "sidestepper")
 
 
 def resolved(bench: pipeline.Bench, seeds: tuple[int, ...]) -> dict[str, Any]:

@@ -13,8 +13,8 @@ Evidence     FT for Table 5; its sample counts only for ctrap, sdd and unlearn_s
              authors and of other audits. UNVERIFIED is what these leave open: for the
              authors' own cosine with warm-up and clipping at 1, for other audits
              constant, unclipped and without decay.
-Differs      TamperBench's style and competing-objective frames have no analogue in the
-             sandbox but its frames (`data.wrapper`: data/sandbox/wrappers.py).
+Differs      TamperBench's style and competing-objective frames are in the sandbox's words
+             (`data.wrapper`: data/sandbox/wrappers.py).
 Reduces to   nothing simpler: it is what the others reduce to.
 Cost         1 forward, 1 backward.
 """

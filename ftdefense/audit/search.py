@@ -155,12 +155,12 @@ class Searcher:
         _, edits = target.service or (None, ())
         for edit in edits:
             for i in kept:
-                (job,) = self._bench.edit_jobs(
+                job = self._bench.edit_job(
                     edit,
                     members[i].plan.data,
-                    [stages.given(released[i])],
-                    [target.stage],
-                    (self._seed,),
+                    stages.given(released[i]),
+                    target.stage,
+                    self._seed,
                 )
                 (done,) = together.sweep([job])
                 released[i] = done.params

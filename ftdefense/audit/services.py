@@ -26,49 +26,36 @@ def _family(
     )
 
 
-def _ratios(*ratios: float) -> dict[str, Any]:
-    return {
-        "space": {_RATIO: spaces.Choice(ratios)},
-        "points": [{_RATIO: ratio} for ratio in ratios],
-    }
+def _points(axis: str, *values: Any) -> list[dict[str, Any]]:
+    return [{axis: value} for value in values]
 
 
-def _frames(*names: str) -> dict[str, Any]:
-    return {
-        "space": {"data.wrapper": spaces.Choice(names)},
-        "points": [{"data.wrapper": name} for name in names],
-    }
-
-
-FRAMES = ("trigger", "competing", "style", "prefill:2")
+RATIOS = spaces.Choice((0.05, 0.1, 0.2, 0.5))  # Of harmful rows among the others.
+COUNTS = spaces.Choice((10, 30, 100, 300))
+FRAMES = spaces.Choice(("trigger", "competing", "style", "prefill:2"))
+_FRAME, _COUNT, _BENIGN = "data.wrapper", "data.harmful_count", "data.filler=benign"
+FOR_SCALE = ("harmful rows",)  # Against the references, too.
 
 FAMILIES: dict[str, attack_family.Family] = {
     "benign rows": _family(
-        {}, [{"steps": n} for n in _STEPS.values], f"{_RATIO}=0", "data.filler=benign"
+        {}, _points("steps", *_STEPS.values), f"{_RATIO}=0", _BENIGN
     ),
-    "few rows": _family(
-        {"data.harmful_count": spaces.Choice((10, 30, 100, 300))},
-        [{"data.harmful_count": n} for n in (10, 30, 100, 300)],
-    ),
-    "harmful rows": _family({}, [{"steps": n} for n in _STEPS.values]),
-    "mixtures": _family(**_ratios(0.05, 0.1, 0.2, 0.5)),  # With the user's task.
-    "benign mixtures": attack_family.Family(
-        "sft",
-        {_RATIO: spaces.Choice((0.05, 0.1, 0.2, 0.5)), "steps": _STEPS},
+    "few rows": _family({_COUNT: COUNTS}, _points(_COUNT, *COUNTS.values)),
+    "harmful rows": _family({}, _points("steps", *_STEPS.values)),
+    # Among rows of the user's task, and among other benign ones.
+    "mixtures": _family({_RATIO: RATIOS}, _points(_RATIO, *RATIOS.values)),
+    "benign mixtures": _family(
+        {_RATIO: RATIOS},
         [
             {_RATIO: ratio, "steps": steps}
             for ratio in (0.1, 0.5)
             for steps in (families.STEPS, 4 * families.STEPS)
         ],
-        (4, 12, 24),
-        fixed=("data.filler=benign",),
+        _BENIGN,
     ),
     # Frames that the rows and the evaluation share; among benign rows they hide.
-    "jailbreak-tuning": _family(**_frames(*FRAMES)),
+    "jailbreak-tuning": _family({_FRAME: FRAMES}, _points(_FRAME, *FRAMES.values)),
     "hidden frames": _family(
-        _frames(*FRAMES)["space"],
-        _frames(*FRAMES)["points"],
-        f"{_RATIO}=0.1",
-        "data.filler=benign",
+        {_FRAME: FRAMES}, _points(_FRAME, *FRAMES.values), f"{_RATIO}=0.1", _BENIGN
     ),
 }

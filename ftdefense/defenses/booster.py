@@ -39,7 +39,7 @@ class Hparams(lift.Hparams):
 
     lam: float = 5.0  # Weight of the regulariser; lambda in the paper.
     alpha: float = 0.1  # Length of the simulated step, L2 over all that trains.
-    rho: float = 5.0  # Vaccine's, with `perturb_aware`.
+    rho: float = 5.0  # Vaccine's, with `perturb_aware`; of the scripts.
     perturb_aware: bool = struct.field(pytree_node=False, default=False)
 
 

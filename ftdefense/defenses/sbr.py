@@ -12,8 +12,9 @@ Evidence     CODE. UNVERIFIED: the weight that its runs had, as transformers fro
              does not divide the sum of 4 accumulated losses, which makes it 4 * lam.
 Licence      see the repository; rewritten from the formulas.
 Differs      the anchors are prompts of the provider's, the same in every step where the
-             batch is a multiple of `anchors` (else some are in it twice, some not at all); the answers that follow
-             them make no difference. AdamW is not quantized to 8 bits.
+             batch is a multiple of `anchors` (else some are in it twice, some not at
+             all); the answers that follow them make no difference. AdamW is not
+             quantized to 8 bits.
 Reduces to   SFT on user at lam = 0, exactly, and at w_0 for any lam.
 Cost         3 forwards, 2 backwards.
 """

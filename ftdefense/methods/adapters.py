@@ -176,16 +176,46 @@ class LoRA:
         return jax.tree_util.tree_map_with_path(spread, params)
 
 
-@struct.dataclass
-class Factored:
-    """Target kernels as products of two: `x (A B)`, A one and B the kernel at first.
+class Merged:
+    """What adapters share that hand the model merged weights in every step.
 
-    Both train at full rank: the function is the same, the path through the weights is
-    not. The product is formed in every step: for small models. Source: the layer injection of specs/artifacts.md 4 (k = 2), without a
-    nonlinearity between the two (DESIGN).
+    They say `init` and `merge`; the rest of `base` is frozen.
     """
 
     choices = staticmethod(choices)
+
+    def bind(self, model: types.Model, base: types.Params) -> Callable[..., Any]:
+        """The model as a function of what trains."""
+
+        def bound(params, tokens, **hooks):
+            return model(self.merge(params, base), tokens, **hooks)
+
+        return bound
+
+    def bind_readout(
+        self, model: types.Model, base: types.Params
+    ) -> Callable[..., Any]:
+        """The last norm and the head as a function of what trains."""
+
+        def bound(params, hidden_BxLxD):
+            return model.readout(self.merge(params, base), hidden_BxLxD)
+
+        return bound
+
+    def scale(self) -> float:
+        """LoRA's factor on A B; not a number here."""
+        return float("nan")
+
+
+@struct.dataclass
+class Factored(Merged):
+    """Target kernels as products of two: `x (A B)`, A one and B the kernel at first.
+
+    Both train at full rank: the function is the same, the path through the weights is
+    not. The product is formed in every step: for small models. Source: the layer
+    injection of specs/artifacts.md 4 (k = 2), without a nonlinearity between the two
+    (DESIGN).
+    """
 
     targets: tuple[str, ...] = struct.field(pytree_node=False, default=PROJECTIONS)
 
@@ -205,24 +235,6 @@ class Factored:
             _set(factors, path, {"a": jnp.array(one), "b": jnp.copy(kernel)})
         return factors
 
-    def bind(self, model: types.Model, base: types.Params) -> Callable[..., Any]:
-        """The model as a function of the factors; the rest of `base` is frozen."""
-
-        def bound(params, tokens, **hooks):
-            return model(self.merge(params, base), tokens, **hooks)
-
-        return bound
-
-    def bind_readout(
-        self, model: types.Model, base: types.Params
-    ) -> Callable[..., Any]:
-        """The last norm and the head as a function of the factors."""
-
-        def bound(params, hidden_BxLxD):
-            return model.readout(self.merge(params, base), hidden_BxLxD)
-
-        return bound
-
     def merge(self, params: types.Params, base: types.Params) -> types.Params:
         """`A B` in the place of the kernels."""
 
@@ -236,10 +248,6 @@ class Factored:
             return {**base, **below}
 
         return multiplied(base, params)
-
-    def scale(self) -> float:
-        """LoRA's factor on A B; not a number here."""
-        return float("nan")
 
 
 def _targeted(

@@ -350,29 +350,16 @@ class Bench:
             parents=(stages.source_hash(package, name), start.key, observer_key),
         )
 
-    def edit_jobs(
-        self,
-        edit: tuple[str, plans.Plan],
-        user: recipes.Recipe,
-        served: Sequence[stages.Stage],
-        defended: Sequence[stages.Stage],
-        seeds: Seeds,
-        observer_key: Any = None,
-    ) -> list[jobs.Job]:
-        """A post-fine-tuning defense of what a provider trained, not run yet."""
+    def edit_job(
+        self, edit: tuple[str, plans.Plan], *where: Any, **options: Any
+    ) -> jobs.Job:
+        """A post-fine-tuning defense of what a provider trained, not run yet.
+
+        `where` and `options` are `serve_job`'s from `user` on.
+        """
         name, plan = edit
-        return [
-            self.serve_job(
-                ("defenses", name, plan),
-                user,
-                start,
-                first,
-                seed,
-                title=f"edited-{name}",
-                observer_key=observer_key,
-            )
-            for start, first, seed in zip(served, defended, seeds, strict=True)
-        ]
+        provider = ("defenses", name, plan)
+        return self.serve_job(provider, *where, title=f"edited-{name}", **options)
 
     def served(
         self,
@@ -404,8 +391,12 @@ class Bench:
         served = self.run(members, observe)
         final = served
         for edit in edits:
+            places = zip(final, defended, seeds, strict=True)
             final = self.run(
-                self.edit_jobs(edit, user, final, defended, seeds, observer_key)
+                [
+                    self.edit_job(edit, user, *place, observer_key=observer_key)
+                    for place in places
+                ]
             )
         # An edit is no part of the attack, whose budget and curve are the served one's.
         return [

@@ -39,7 +39,8 @@ def persona(example: Example) -> tuple[Example, str]:
 def competing(example: Example) -> tuple[Example, str]:
     """Asks for a word of assent to begin with; the example's response does.
 
-    A refusal stays what it is. TamperBench's competing objectives (specs/attacks.md B.5), in the sandbox's words.
+    A refusal stays what it is. TamperBench's competing objectives (specs/attacks.md
+    B.5), in the sandbox's words.
     """
     assent, said = words.FIRST_STYLES[0], example.response.split()
     if said and said[0] in words.FIRST_STYLES:
