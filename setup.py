@@ -10,7 +10,7 @@ VERSION = re.search(
     r'__version__ = "(.+)"', (HERE / "ftdefense" / "__init__.py").read_text()
 ).group(1)
 
-TEST = ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "scipy>=1.13,<2"]
+TEST = ["pytest>=8,<10", "pytest-xdist>=3.6,<4"]
 DEV = [*TEST, "ruff>=0.14,<1", "tensorboardX>=2.6,<3"]
 
 setuptools.setup(
@@ -34,6 +34,7 @@ setuptools.setup(
         "matplotlib>=3.9,<4",
         "optuna>=5,<6",
         "safetensors>=0.5,<1",
+        "scipy>=1.13,<2",
         "tokenizers>=0.22,<1",
         "tqdm>=4.66,<5",
         "transformers>=5,<6",

@@ -6,6 +6,7 @@ import statistics
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 
 class Estimate(NamedTuple):
@@ -19,6 +20,7 @@ class Estimate(NamedTuple):
 
 # Normal quantile of a two-sided 95 % interval.
 Z95 = statistics.NormalDist().inv_cdf(0.975)
+_SLACK = 1e-9
 
 
 def wilson(successes: float, n: int, z: float = Z95) -> Estimate:
@@ -47,6 +49,38 @@ def macro_average(parts: Sequence[tuple[float, int]], z: float = Z95) -> Estimat
     effective = len(parts) ** 2 / sum(1 / n for _, n in parts)
     interval = wilson(value * effective, effective, z)
     return Estimate(value, interval.low, interval.high, sum(n for _, n in parts))
+
+
+def exact(successes: float, n: float, error: float = 0.05) -> Estimate:
+    """Clopper-Pearson interval: each end is wrong with probability error / 2 at most.
+
+    Fractional counts, of a weighted mean, are rounded away from certainty.
+    """
+    if n < 1:
+        return Estimate(math.nan, 0.0, 1.0, 0)
+    # The slack forgives what a mean of fractions lost to rounding.
+    trials = math.floor(n + _SLACK)
+    fewest = math.floor(successes / n * trials + _SLACK)
+    most = math.ceil(successes / n * trials - _SLACK)
+    tail = error / 2
+    low = stats.beta.ppf(tail, fewest, trials - fewest + 1) if fewest else 0.0
+    high = stats.beta.ppf(1 - tail, most + 1, trials - most) if most < trials else 1.0
+    return Estimate(successes / n, float(low), float(high), trials)
+
+
+def exact_average(parts: Sequence[tuple[float, int]], error: float = 0.05) -> Estimate:
+    """`macro_average` with the interval of `exact`.
+
+    With groups of equal size it errs no more often than stated, whatever their rates
+    (Hoeffding 1956: the sum of unequal trials is less dispersed than a binomial).
+    """
+    parts = [(s, n) for s, n in parts if n]
+    if not parts:
+        return exact(0, 0, error)
+    value = statistics.fmean(s / n for s, n in parts)
+    effective = len(parts) ** 2 / sum(1 / n for _, n in parts)
+    interval = exact(value * effective, effective, error)
+    return interval._replace(value=value, n=sum(n for _, n in parts))
 
 
 def paired_bootstrap(

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from ftdefense.data import examples
 from ftdefense.evaluation import checks
@@ -30,7 +31,6 @@ def test_wilson_goldens(hits, n, low, high):
 
 def test_wilson_and_mcnemar_equal_scipy():
     """Catches a one-sided quantile or tail."""
-    stats = pytest.importorskip("scipy.stats")
     found = intervals.wilson(37, 90)
     theirs = stats.binomtest(37, 90).proportion_ci(method="wilson")
     np.testing.assert_allclose((found.low, found.high), tuple(theirs), rtol=1e-10)
@@ -47,6 +47,19 @@ def test_macro_average_of_equal_groups_is_wilson():
     """Catches an effective size that counts groups in place of prompts."""
     macro = intervals.macro_average([(10, 50), (10, 50)])
     np.testing.assert_allclose(macro[:3], intervals.wilson(20, 100)[:3])
+
+
+def test_exact_interval_equals_scipy_and_fractions_widen_it():
+    """Catches `fewest` for `fewest + 1`, and counts rounded towards certainty."""
+    for hits in (0, 29, 33):
+        found = intervals.exact(hits, 33, 0.1)
+        theirs = stats.binomtest(hits, 33).proportion_ci(0.9, method="exact")
+        np.testing.assert_allclose((found.low, found.high), tuple(theirs), rtol=1e-10)
+    fraction = intervals.exact(28.5, 33, 0.1)
+    assert fraction.low == intervals.exact(28, 33, 0.1).low
+    assert fraction.high == intervals.exact(29, 33, 0.1).high
+    average = intervals.exact_average([(11, 11), (10, 11), (8, 11)], 0.1)
+    np.testing.assert_allclose(average[:3], intervals.exact(29, 33, 0.1)[:3])
 
 
 def test_paired_bootstrap_is_paired():

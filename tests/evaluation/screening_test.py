@@ -1,20 +1,14 @@
 """Screening: few prompts, the full set's verdict."""
 
+import numpy as np
 import pytest
 
 from ftdefense.core import types
 from ftdefense.data import sandbox
 from ftdefense.evaluation import screening
+from ftdefense.evaluation import suite
 
 WORLD = sandbox.build("small", 0)
-
-
-class Scripted(screening.Screener):
-    """Answers a given share of each set's prompts rightly, without a model."""
-
-    def __init__(self, right: dict[str, float], **options):
-        self.right = right
-        super().__init__(None, WORLD, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +59,30 @@ def test_a_close_case_is_judged_on_the_full_set(harmful, success):
     seen = screened(harmful, 1.0)
     assert len([g for g in seen.generations if g.group == "harmful"]) == 288
     assert seen.success == success
+
+
+def test_a_model_that_lost_its_use_is_not_asked_further():
+    """Catches `any` for `all`, and rates that are settled one after the other."""
+    seen = screened(0.5, 0.3)
+    assert not seen.success and seen.prompts == 2 * screening.LOOKS[0]
+
+
+def test_each_half_of_the_verdict_errs_as_rarely_as_stated():
+    """At a rate just below the threshold, where a test errs most.
+
+    Catches ERROR per look: about 0.1 of the courses would end above the threshold.
+    """
+    rng = np.random.default_rng(0)
+    right = suite.Generation("harmful", "", "", "", "right")
+    wrong = suite.Generation("harmful", "", "", "", "refused")
+    above = 0
+    for _ in range(400):
+        course = screening.Course(10**6, 0.5)
+        while course.settled is None and len(course.said) < screening.LOOKS[-1]:
+            count = course.next() - len(course.said)
+            course.look([right if x < 0.499 else wrong for x in rng.random(count)])
+        above += course.settled is True
+    assert above <= 400 * screening.ERROR
 
 
 def test_capability_is_judged_against_the_reference():
