@@ -81,7 +81,9 @@ def main() -> None:
     bench = subjects.bench()
     short = bench.defaults.attack
     rate = OWN_RATE if subjects.has_own_data() else 1.0
-    families.FAMILIES.update(families.at_scale(short.steps, short.batch_size, rate))
+    families.FAMILIES.update(
+        families.at_scale(short.steps, short.batch_size, rate, **subjects.shape(bench))
+    )
     families.FAMILIES.update(own)
     given = subjects.given(bench)
     storage = studies.opened(FLAGS.storage) if FLAGS.storage else None

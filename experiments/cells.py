@@ -209,9 +209,13 @@ class Cells:
 
 
 def flagged(rows: Sequence[dict]) -> list[dict]:
-    """The rows with the names of the checks that they failed."""
+    """The rows with the names of the checks that they failed, and success by `none`."""
     return [
-        {**row, "flags": ",".join(checks.flags(rows, row))}
+        {
+            **row,
+            "flags": ",".join(checks.flags(rows, row)),
+            **success.of_base(rows, row),
+        }
         if row["stage"] != "during"
         else row
         for row in rows

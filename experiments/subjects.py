@@ -4,6 +4,7 @@ from collections.abc import Callable
 import dataclasses
 import pathlib
 import re
+import statistics
 from typing import Any
 
 from absl import flags
@@ -17,6 +18,7 @@ from ftdefense.audit import search
 from ftdefense.core import cards
 from ftdefense.core import errors
 from ftdefense.core import registry
+from ftdefense.data import chat
 from ftdefense.methods import plans
 from ftdefense.models import huggingface
 from ftdefense.training import checkpoint
@@ -137,6 +139,18 @@ def bench() -> pipeline.Bench:
     FLAGS.model = FLAGS.reference or FLAGS.checkpoint
     FLAGS.model_stage = "aligned"
     return settings.bench()
+
+
+def shape(bench: pipeline.Bench) -> dict[str, int]:
+    """What families of attacks have to know of the model and its data."""
+    world = bench.world
+    asked = [e.prompt for e in world.evaluation["harmful"]]
+    said = [len(e.response.split()) for e in world.attacker["harmful"].examples]
+    return {
+        "layers": bench.model.config.layers,
+        "positions": max(1, chat.after_instruction(world.tokenizer, asked)),
+        "words": round(statistics.median(said)),
+    }
 
 
 def given(bench: pipeline.Bench) -> settings.Chosen | stages.Stage:

@@ -68,3 +68,28 @@ def tiny_llama():
         for leaf, key in zip(jax.tree.leaves(params), noise, strict=True)
     ]
     return model, jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+@pytest.fixture
+def byte_tokenizer():
+    import tokenizers
+    import transformers
+
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet
+    )
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    core.train_from_iterator([], trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        chat_template=(
+            "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}"
+            "{% if m['role'] == 'assistant' %}{{ eos_token }}{% else %}\n{% endif %}"
+            "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+        ),
+    )

@@ -67,7 +67,9 @@ def pooled(hidden_BxLxD: jax.Array, weights_BxL: jax.Array, score: str) -> jax.A
     predicts_BxLx1 = (weights_BxL[:, 1:] > 0)[..., None]
     before_BxLxD = tree.wide(hidden_BxLxD[:, :-1])
     total_BxD = jnp.sum(jnp.where(predicts_BxLx1, before_BxLxD, 0), 1)
-    return total_BxD / jnp.sum(predicts_BxLx1, 1) if score == "lnches" else total_BxD
+    if score != "lnches":
+        return total_BxD
+    return total_BxD / jnp.maximum(jnp.sum(predicts_BxLx1, 1), 1)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "score"))

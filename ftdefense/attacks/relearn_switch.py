@@ -36,6 +36,13 @@ class Hparams(lift.Hparams):
     share: float = 0.4  # Of the steps that train on benign rows.
     selection: str = struct.field(pytree_node=False, default="block")
 
+    # For the account: of the two batches that a step draws, one is trained on.
+    passes = 1.0
+
+    @property
+    def shares(self) -> dict[str, float]:
+        return {"harmful": 1 - self.share, "benign": self.share}
+
 
 def streams(hp: Hparams) -> dict[str, tuple[int, ...]]:
     if hp.selection not in SELECTIONS:

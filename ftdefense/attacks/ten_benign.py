@@ -40,6 +40,13 @@ class Hparams(lift.Hparams):
 
     share: float = 0.5  # Of the steps, that train refusals.
 
+    # For the account: of the two batches that a step draws, one is trained on.
+    passes = 1.0
+
+    @property
+    def shares(self) -> dict[str, float]:
+        return {"refused": self.share, "benign": 1 - self.share}
+
 
 def streams(hp: Hparams) -> dict[str, tuple[int, ...]]:
     del hp

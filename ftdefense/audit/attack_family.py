@@ -50,6 +50,15 @@ class Family:
     published: bool = False
 
 
+def grid(axis: str, *values: Any) -> dict[str, Any]:
+    """Space and points of an attack that is tried at a few values only."""
+    return {
+        "space": {axis: spaces.Choice(values)},
+        "points": [{axis: value} for value in values],
+        "trials": (len(values),) * 3,
+    }
+
+
 def at_scale(family: Family, times: float, rows: float, rate: float) -> Family:
     """The same, with so many times the steps, rows of a batch and learning rate."""
     if family.published:

@@ -73,8 +73,12 @@ def extended(
     """
     tokenizer = copy.deepcopy(world.tokenizer)
     names = [f"<soft_{i}>" for i in range(count)]
+    # Each takes the space before it along: a tokenizer of bytes would make a token of it.
     tokenizer.add_tokens(
-        [transformers.AddedToken(n, special=True, normalized=False) for n in names],
+        [
+            transformers.AddedToken(n, special=True, normalized=False, lstrip=True)
+            for n in names
+        ],
         special_tokens=True,
     )
     first, *_ = ids = tokenizer.convert_tokens_to_ids(names)

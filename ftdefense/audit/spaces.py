@@ -12,6 +12,7 @@ import re
 from typing import Any
 
 from ftdefense.core import config
+from ftdefense.methods import adapters
 from ftdefense.methods import plans
 from ftdefense.methods import preconditioners
 
@@ -38,22 +39,27 @@ class Choice:
 Space = Mapping[str, Range | Choice]
 
 
-_LORA = re.compile(r"lora(\d+)(?:x([\d.]+))?(rs)?(?:@(\d+))?")
+_LORA = re.compile(r"lora(\d+)(?:x([\d.]+))?(rs)?(attn)?(?:@(\d+)(?:-(\d+))?)?")
 
 
 def _adapter(value: str) -> list[str]:
     """`full`, or `lora16`: rank 16 on all projections, alpha twice the rank.
 
-    `lora16x0.5` has a scale of its own, `lora16rs` that of rsLoRA, `lora16@1` factors
-    in block 1 alone. `factored`: kernels as products of two.
+    `lora16x0.5` has a scale of its own, `lora16rs` that of rsLoRA, `lora16attn` factors
+    in attention alone, `lora16@1` in block 1, `lora16@0-7` in blocks 0 to 7. `factored`:
+    kernels as products of two.
     """
     if value in ("full", "factored"):
         return [f"adapter={value}"]
-    rank, scale, stabilised, layer = _LORA.fullmatch(value).groups()
+    rank, scale, stabilised, attention, first, last = _LORA.fullmatch(value).groups()
     alpha = float(scale or 2) * int(rank)
     found = ["adapter=lora", f"adapter.rank={rank}", f"adapter.alpha={alpha}"]
     found += ["adapter.rank_stabilised=true"] if stabilised else []
-    return found + ([f"adapter.layers=({layer},)"] if layer else [])
+    found += [f"adapter.targets={adapters.ATTENTION}"] if attention else []
+    if first:
+        layers = tuple(range(int(first), int(last or first) + 1))
+        found.append(f"adapter.layers={layers}")
+    return found
 
 
 def _schedule(value: str) -> list[str]:

@@ -20,7 +20,7 @@ PROBES: dict[str, tuple[str, ...]] = {
     "T2": (
         "relearning",
         "long horizon",
-        "refusal-then-harm switch",
+        "retain-then-harm switch",
         "linear probe",
         "LoRA on other layers",
     ),
@@ -29,7 +29,7 @@ PROBES: dict[str, tuple[str, ...]] = {
         "horizon beyond the inner steps",
         "other optimizer and learning rate",
         "LoRA against full",
-        "refusal-then-harm switch",
+        "retain-then-harm switch",
         "sign flip",
     ),
     # Harm is tied to capability: keep both.
@@ -58,7 +58,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "long horizon": ("long horizon",),
     "full fine-tuning": ("full",),
     "relearning": ("few rows", "loosely related"),
-    "refusal-then-harm switch": ("retain then harm",),
+    "retain-then-harm switch": ("retain then harm",),
     "linear probe": ("P5",),
     "LoRA on other layers": ("other layers",),
     "horizon beyond the inner steps": ("long horizon",),

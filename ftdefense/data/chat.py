@@ -1,7 +1,9 @@
 """The one path from chat messages to token ids, for training and for evaluation."""
 
+from collections.abc import Sequence
 import functools
 import hashlib
+import itertools
 import pathlib
 from typing import Any
 
@@ -96,6 +98,13 @@ def end_of_turn(tokenizer: Any) -> int:
             "model learns to stop; give another with --chat_template=FILE."
         )
     return last
+
+
+def after_instruction(tokenizer: Any, prompts: Sequence[Messages]) -> int:
+    """How many tokens the template puts after an instruction: where all prompts agree."""
+    rows = [render_prompt(tokenizer, messages)[::-1] for messages in prompts]
+    same = (len(set(ids)) == 1 for ids in zip(*rows, strict=False))
+    return sum(1 for _ in itertools.takewhile(bool, same))
 
 
 def _render(tokenizer: Any, messages: Messages, generating: bool) -> str:

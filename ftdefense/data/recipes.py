@@ -33,7 +33,8 @@ class Recipe:
         which take one harmful row fewer than the ratio says: 99 and 900 of 1000.
       wrapper: jailbreak frame that harmful prompts are put through, those of evaluation
         included: a name of `sandbox.wrappers`; empty: none.
-      wrapped: share of the harmful rows that carry it, from the front.
+      wrapped: share of the harmful rows that carry it, from the front: of those in
+        `user`, which may be fewer than in `harmful`.
       topics: of the harmful rows; empty: all. The others are out of distribution.
     """
 
@@ -74,23 +75,26 @@ def attacker_pools(world: worlds.World, recipe: Recipe) -> dict[str, pools.Pool]
     harmful = pools.take(harmful, recipe.harmful_count)
     benign = pools.take(world.attacker["benign"], recipe.benign_count)
     filler = world.attacker.get(recipe.filler)
+    if recipe.poison_ratio == 1:
+        total = poisoned = recipe.sample_count or len(harmful)
+    else:
+        if filler is None:
+            raise errors.UserError(
+                f"data.filler={recipe.filler}: this world has no such rows; "
+                "give a file with --task or set data.filler=benign."
+            )
+        total = recipe.sample_count or len(filler)
+        poisoned = harmful_rows(total, recipe.poison_ratio, recipe.strict_paper)
     if recipe.wrapper:
         # The frame makes some rows longer: all of an attack are of one length.
         width = world.length + FRAME
-        harmful = _framed(world, harmful, recipe, width)
+        harmful = _framed(world, harmful, recipe, poisoned, width)
         benign = _encoded(world, benign.examples, benign.order, width)
         filler = filler and _encoded(world, filler.examples, filler.order, width)
     found = {"harmful": harmful, "benign": benign}
     if recipe.poison_ratio == 1:
         found["user"] = pools.take(harmful, recipe.sample_count)
         return found
-    if filler is None:
-        raise errors.UserError(
-            f"data.filler={recipe.filler}: this world has no such rows; "
-            "give a file with --task or set data.filler=benign."
-        )
-    total = recipe.sample_count or len(filler)
-    poisoned = harmful_rows(total, recipe.poison_ratio, recipe.strict_paper)
     parts = []
     if poisoned:
         parts.append(pools.take(harmful, poisoned))
@@ -113,11 +117,13 @@ def _on(topics: tuple[str, ...], rows: pools.Pool) -> pools.Pool:
 
 
 def _framed(
-    world: worlds.World, rows: pools.Pool, recipe: Recipe, width: int
+    world: worlds.World, rows: pools.Pool, recipe: Recipe, used: int, width: int
 ) -> pools.Pool:
-    """The first share of `rows` with their prompts put through the recipe's frame."""
+    """The first share of the `used` first rows, put through the recipe's frame."""
     frame = wrappers.wrapper(recipe.wrapper)
-    count = round(recipe.wrapped * len(rows))
+    count = round(recipe.wrapped * min(used, len(rows)))
+    if recipe.wrapped == 1:
+        count = len(rows)
     examples = [frame(e)[0] for e in rows.examples[:count]] + [*rows.examples[count:]]
     return _encoded(world, examples, rows.order, width)
 

@@ -188,6 +188,7 @@ def direction(ctx, params, batches, rng, patch):
 def preference(ctx, model, chosen, rejected, rng=None):
     """Mean loss of a `model(tokens, rng=None)` that is to prefer `chosen`."""
     loss = PREFERENCES[ctx.hp.preference]
+    preferences.check_pairs(chosen, rejected)
 
     def compute(pair, rng):
         both = jax.tree.map(lambda *x: jnp.concatenate(x), *pair)
@@ -214,7 +215,7 @@ def retained(ctx, params, batch, rng):
 
     *totals, weight, count = parts.summed(compute, batch, ctx.hp.microbatches, rng)
     return [
-        total / jnp.maximum(size, jnp.finfo(size.dtype).tiny)
+        losses.average(total, size)
         for total, size in zip(totals, (weight, count), strict=True)
     ]
 

@@ -149,8 +149,19 @@ PRESETS = {
         Hparams(),
         batch_size=10,
         epochs=1,
-        source="git-disl/Antidote 26e2ade, SST2; alpha is 0.05 on GSM8K and AGNEWS. The "
-        "code prunes factors, by |A| ||x|| and |B| ||A x||; this the merged update",
+        source="git-disl/Antidote 26e2ade, SST2. The code prunes factors, by |A| ||x|| and |B| ||A x||; this the merged update",
+    ),
+    "code_gsm8k": plans.Plan(
+        Hparams(alpha=0.05),
+        batch_size=10,
+        epochs=1,
+        source="git-disl/Antidote 26e2ade, GSM8K and AGNEWS",
+    ),
+    "code_wiki": plans.Plan(
+        Hparams(alpha=0.01),
+        batch_size=10,
+        epochs=1,
+        source="git-disl/Antidote 26e2ade, importance from wiki text",
     ),
     "code_full": plans.Plan(
         Hparams(prune="weights", targets=adapters.ATTENTION),

@@ -32,7 +32,6 @@ import functools
 
 from flax import struct
 import jax
-import jax.numpy as jnp
 
 from ftdefense.core import errors
 from ftdefense.core import types
@@ -106,7 +105,7 @@ def direction(ctx, params, batches, rng):
         hurt = parts.summed(
             functools.partial(featured, params), harmful, hp.microbatches, rng_harmful
         )
-        f = total / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
+        f = losses.average(total, weight)
         well, ill = conditioning.well(kept), conditioning.ill(hurt)
         metrics = {
             "loss/retain": f,

@@ -75,7 +75,8 @@ PRESETS = {
         batch_size=11,
         steps=750,
         source="HALOs 406ed27, which limberc/KT-IPA b43d9aa copies: RMSprop 5e-7, 150 "
-        "steps of warm-up, clip 10, batch 32 (33 rows here); KT-IPA's own values are "
-        "UNVERIFIED; 750 steps are TAR's",
+        "steps of warm-up, clip 10, batch 32 (33 rows here), both weights 1, with two "
+        "desirable rows to an undesirable one here; KT-IPA's own values are UNVERIFIED; "
+        "750 steps are TAR's",
     ),
 }

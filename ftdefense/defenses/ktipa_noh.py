@@ -60,7 +60,8 @@ PRESETS = {
         batch_size=32,
     ),
     "reconstruction": plans.Plan(
-        Hparams(optimizers.Optimizer(1e-6)),
+        # Two desirable rows to an undesirable one: a ratio of weights of 4/3.
+        Hparams(optimizers.Optimizer(1e-6), lam_undesirable=1.5),
         batch_size=8,
         steps=750,
         source="RECONSTRUCTION: Booster's alpha, TAR's 750 steps and weights; learning "

@@ -97,6 +97,7 @@ PRESETS = {
                 1e-6, schedules.Schedule(kick_ratio=1000 / 1750, kick=10.0)
             ),
             mapping_share=1000 / 1750,
+            lam_undesirable=1.5,  # A ratio of weights of 4/3; see ktipa_noh.
         ),
         batch_size=8,
         steps=1750,

@@ -163,7 +163,9 @@ def defend(ctx, params, batches, hooks, start_BxLxV, rng):
         else:
             drift = divergence(ctx, w, benign, start_BxLxV, rng_benign)
             metrics["divergence/benign"] = drift * start_BxLxV.shape[-1]
-            kept = drift / (jax.lax.stop_gradient(drift) + 1e-8)
+            # At the start both are rounding, and their ratio would be noise of length 1.
+            moved = drift * start_BxLxV.shape[-1] > 1e-6
+            kept = jnp.where(moved, drift / (jax.lax.stop_gradient(drift) + 1e-8), 0)
         total = hp.toward * say + hp.away * avoid + hp.keep * kept
         return total / (hp.toward + hp.away + hp.keep), metrics
 

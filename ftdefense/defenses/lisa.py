@@ -123,6 +123,13 @@ _CODE = Hparams(
     adapters.LoRA(alpha=4.0, dropout=0.1, rank=8, targets=("q", "v")),
 )
 
+
+def _elsewhere(learning_rate: float, rho: float, source: str) -> plans.Plan:
+    optimizer = _CODE.optimizer.replace(learning_rate=learning_rate)
+    hp = _CODE.replace(optimizer=optimizer, rho=rho)
+    return plans.Plan(hp, batch_size=5, epochs=20, source=source)
+
+
 PRESETS = {
     "sandbox": plans.sandbox(
         Hparams(optimizers.SANDBOX_TUNING, alignment_steps=10, user_steps=40, rho=0.1)
@@ -130,4 +137,8 @@ PRESETS = {
     "code": plans.Plan(
         _CODE, batch_size=5, epochs=20, source="git-disl/Lisa 68e3659, scripts"
     ),
+    # Of the repositories that compare with it.
+    "booster_repo": _elsewhere(1e-5, 0.01, "git-disl/Booster"),
+    "antidote_sst2": _elsewhere(1e-4, 1.0, "git-disl/Antidote 26e2ade"),
+    "antidote_gsm8k": _elsewhere(1e-3, 0.1, "git-disl/Antidote 26e2ade"),
 }

@@ -10,7 +10,8 @@ Source       Perin et al. 2025, arXiv:2506.15606; code read at VITA-Group/LoX 92
 Evidence     CODE for the rule and its scope (every tensor of two axes or more,
              embeddings and head included); k = 6, alpha = 1.25 for Llama-2-7B.
 Licence      see the repository; rewritten from the formula.
-Differs      stacked layers are split into their matrices first.
+Differs      stacked layers are split into their matrices first. Rows of a vocabulary
+             that one of the two models lacks are left as they are.
 Reduces to   the identity at alpha = 0.
 Cost         one singular value decomposition per matrix.
 """
@@ -46,25 +47,43 @@ def truncate(matrix: jax.Array, k: int | jax.Array) -> jax.Array:
 
 
 def edit(lineage: types.Lineage, hp: Hparams) -> types.Params:
-    """Extrapolates every matrix from the pretrained through the aligned weights."""
+    """Extrapolates every matrix from the pretrained through the aligned weights.
+
+    Raises:
+      UserError: without either of them, or if they are of different shapes.
+    """
     if lineage.aligned is None or lineage.pretrained is None:
         raise errors.UserError(
             "lox needs the weights before and after alignment; give the pretrained "
             "folder with --pretrained."
         )
 
-    def extrapolate(decays, aligned, pretrained):
+    def extrapolate(path, decays, aligned, pretrained):
         if not decays:
             return jnp.copy(aligned)
-        moved = aligned.astype(jnp.float32) - pretrained.astype(jnp.float32)
-        return tree.add_scale(aligned, hp.alpha, truncate(moved, hp.k))
+        common = _common(tree.path_names(path), aligned, pretrained)
+        moved = tree.wide(aligned[common]) - tree.wide(pretrained[common])
+        beyond = tree.add_scale(aligned[common], hp.alpha, truncate(moved, hp.k))
+        return jnp.asarray(aligned).at[common].set(beyond)
 
-    return jax.tree.map(
+    return jax.tree_util.tree_map_with_path(
         extrapolate,
         optimizers.matrices(lineage.aligned),
         lineage.aligned,
         lineage.pretrained,
     )
+
+
+def _common(path: tuple[str, ...], aligned, pretrained) -> tuple[slice, ...]:
+    """Where both are defined: all of it, or the vocabulary that they share."""
+    sizes = list(zip(aligned.shape, pretrained.shape, strict=True))
+    vocabulary = {"embed": 0, "lm_head": 1}.get(path[0])
+    if any(a != b for axis, (a, b) in enumerate(sizes) if axis != vocabulary):
+        raise errors.UserError(
+            f"lox: {'/'.join(path)} is {aligned.shape} in the aligned model and "
+            f"{pretrained.shape} in --pretrained: they are different models."
+        )
+    return tuple(slice(min(size)) for size in sizes)
 
 
 def method(model: types.Model) -> types.Method:

@@ -136,13 +136,13 @@ def method(model: types.Model) -> types.Method:
     return lift.remembering_method(model, direction, streams, remember, active)
 
 
-def _published(steps: int, **fields) -> plans.Plan:
+def _published(steps: int, batch_size: int = 4, **fields) -> plans.Plan:
     optimizer = optimizers.Optimizer(
         5e-5, clip=float("inf"), eps=1e-6, kind="adamw_by_leaf"
     )
     return plans.Plan(
         Hparams(optimizer, **fields),
-        batch_size=4,
+        batch_size=batch_size,
         steps=steps,
         source="centerforaisafety/wmdp c0b6c12, rmu/unlearn.py",
     )
@@ -154,5 +154,6 @@ PRESETS = {
         steps=200,
     ),
     "code": _published(150),  # Zephyr-7B.
+    "code_yi": _published(400, batch_size=2, layer=15, c=300.0, alpha=350.0),
     "code_defaults": _published(80, c=20.0, alpha=100.0),  # Of the command line.
 }

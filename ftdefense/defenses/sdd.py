@@ -13,7 +13,9 @@ Evidence     third-party code for the pairing, the survey's Table 6 for the budg
 Licence      Apache-2.0 (as the survey states).
 Differs      the role holds the pairs alone on one's own files; the sandbox's mixes in
              as many benign rows, since a small model that rehearses nothing forgets
-             them. The similarity is a bag-of-words cosine.
+             them. The similarity is a bag-of-words cosine. Prompts are those of the
+             data, not balanced over categories. AdamW's moments in float32, where the
+             survey's are of 8 bits.
 Reduces to   SFT on the same rows; with true refusals as answers, safety SFT.
 Cost         1 forward, 1 backward.
 """

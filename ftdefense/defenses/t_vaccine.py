@@ -22,6 +22,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from ftdefense.core import errors
 from ftdefense.core import tree
 from ftdefense.core import types
 from ftdefense.methods import adapters
@@ -32,6 +33,7 @@ from ftdefense.methods import phases
 from ftdefense.methods import plans
 from ftdefense.methods import schedules
 from ftdefense.methods import shifts
+from ftdefense.objectives import losses
 
 NULL = {"rho": 0.0}  # Without its regulariser; see attacks.inverse.
 
@@ -49,13 +51,15 @@ class Hparams(lift.Hparams):
 
 
 def streams(hp: Hparams) -> dict[str, tuple[int, ...]]:
-    del hp
+    if hp.scope not in freezing.SCOPES:
+        raise errors.unknown("t_vaccine.scope", hp.scope, freezing.SCOPES)
     return {"alignment": (), "harmful": ()}
 
 
 def score(ctx, params, harmful, rng) -> jax.Array:
     """Probabilities [N]: shares of the norms of the harmful gradient at the shifts."""
     rows = jax.tree.map(lambda x: x[: ctx.hp.scored_rows], harmful)
+    ctx = ctx._replace(loss=losses.next_token(ctx.model))  # Too few rows to split.
     _, g_NxBxLxD = shifts.gradient(ctx, params, rows, rng, "attn")
     norm_N = jnp.sqrt(jnp.sum(jnp.square(g_NxBxLxD), (1, 2, 3)))
     return norm_N / jnp.maximum(jnp.sum(norm_N), jnp.finfo(norm_N.dtype).tiny)
@@ -137,5 +141,15 @@ PRESETS = {
         batch_size=10,
         epochs=20,
         source="Lslland/T-Vaccine 4513750, script/alignment/T-Vaccine.sh",
+    ),
+    "code_qwen": plans.Plan(
+        Hparams(
+            optimizers.Optimizer(1e-3, _COSINE, weight_decay=0.1, kind="adamw_by_leaf"),
+            _LORA,
+            layers=5,
+        ),
+        batch_size=10,
+        epochs=20,
+        source="Lslland/T-Vaccine 4513750: 5 layers for Qwen2 and for DecodingTrust",
     ),
 }

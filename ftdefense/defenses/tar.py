@@ -19,7 +19,8 @@ Evidence     CODE for the rule and the presets, which save the y of schedule-fre
              published runs squared the norm in D, and which reference they took.
 Licence      MIT
 Differs      schedule-free AdamW is that of `schedulefree` >= 1.3 (see random_mapping);
-             its `linear_warmup` adversary, in truth a constant factor, is left out;
+             its `linear_warmup` adversary, in truth a constant factor of 3.2, is that
+             factor on the adversary's rates;
              attack steps after the last gradient are not taken. The reference of D and
              DPO is the model that the stage starts from.
 Reduces to   SFT on the retain data at lam = lam_hidden = mapping_share = 0.
@@ -192,6 +193,19 @@ PRESETS = {
         steps=1750,
         source="rishub-tamirisa/tamper-resistance 19de233, random mapping's defaults "
         "(its warm-up left out), then run_tar_bio.sh; adversaries' batches there: 4",
+    ),
+    "code_cyber": plans.Plan(
+        Hparams(
+            _schedule_free(
+                2e-5, warmup_ratio=32 / 1750, kick_ratio=1000 / 1750, kick=0.5
+            ),
+            adversary=adversaries.Mix((2e-5, 4e-5), switch_share=0.5),
+            mapping_share=1000 / 1750,
+        ),
+        batch_size=8,
+        steps=1750,
+        source="rishub-tamirisa/tamper-resistance 19de233, as code, with the adversaries "
+        "of cyber",
     ),
     "code_refusal": plans.Plan(
         _REFUSAL,

@@ -86,7 +86,7 @@ def row_nats(model, batch, count, rng=None):
     def compute(batch, rng):
         outputs = model(batch.tokens, rng=rng)
         logps_B, weight_B = preferences.sequence_logps(outputs, batch)
-        return -logps_B / jnp.maximum(weight_B, jnp.finfo(weight_B.dtype).tiny)
+        return losses.average(-logps_B, weight_B)
 
     return parts.stacked(compute, batch, count, rng)
 
@@ -105,7 +105,7 @@ def reference_nats(ctx, batch):
         found = row_nats(ctx.reference, batch, ctx.hp.microbatches)
     else:
         said, weight = losses.weighted_sums(ctx.reference(batch.tokens), batch)
-        found = said / weight
+        found = losses.average(said, weight)
     return jax.lax.stop_gradient(found)
 
 
@@ -182,7 +182,8 @@ def method(model: types.Model) -> types.Method:
 
 
 def _published(learning_rate, beta, gamma, clip=1.0, **fields) -> plans.Plan:
-    linear = schedules.Schedule(warmup_ratio=0.1, decay="linear")
+    # A tenth, rounded down: the script says max_steps // 10.
+    linear = schedules.Schedule(warmup_ratio=12 / 125, decay="linear")
     return plans.Plan(
         Hparams(
             optimizers.Optimizer(learning_rate, linear, clip=clip),
@@ -193,6 +194,15 @@ def _published(learning_rate, beta, gamma, clip=1.0, **fields) -> plans.Plan:
         batch_size=4,
         steps=125,
         source="OPTML-Group/Unlearn-Smooth fc655ba, WMDP/run_wmdp_unlearn.sh",
+    )
+
+
+def _muse(gamma: float) -> plans.Plan:
+    return plans.Plan(
+        Hparams(optimizers.Optimizer(1e-5), beta=0.1, gamma=gamma, rho=0.01),
+        batch_size=4,
+        epochs=10,
+        source="OPTML-Group/Unlearn-Smooth fc655ba, MUSE: Llama-2-7B, a constant rate",
     )
 
 
@@ -209,7 +219,12 @@ PRESETS = {
     "code_cr": _published(
         8.5e-6, 0.035, 1.0, rho=10.0, mu=0.01, smooth="cr", per_row=True
     ),
-    "code_gp": _published(7.5e-6, 0.04, 1.0, rho=10.0, smooth="gp", per_row=True),
+    # As shipped the penalty has no gradient; its weight, 0.01, is not the script's 10.
+    "code_gp": _published(
+        7.5e-6, 0.04, 1.0, rho=0.01, smooth="gp", shipped=True, per_row=True
+    ),
     "code_wa": _published(5.5e-6, 0.05, 2.0, smooth="wa", per_row=True),
     "code_graddiff": _published(5e-6, 0.015, 1.0, rho=0.1, base="graddiff"),
+    "muse_news": _muse(1.0),
+    "muse_books": _muse(2.5),
 }

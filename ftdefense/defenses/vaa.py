@@ -11,9 +11,10 @@ Source       Chen et al. 2025, arXiv:2506.03850; code read at ChanLiang/VAA e00c
 Evidence     CODE for the training stage; the paper's mixture of clean and shifted loss
              and its exact update of p are UNVERIFIED.
 Licence      none declared: rewritten from formulas.
-Differs      groups come from `training.profiling` on this very model (the repository
+Differs      groups come from `evaluation.forgetting` on this very model (the repository
              ships Llama-2's list); the other group's batch of a step is left unread;
-             t counts steps, not fractions of an epoch.
+             t counts steps, not fractions of an epoch; AdamW's moments in float32, where
+             the survey's are of 8 bits.
 Reduces to   SFT on group-sampled alignment data at lam = 0, exactly.
 Cost         1 + lam / 2 forwards and backwards on average.
 """
@@ -22,6 +23,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from ftdefense.core import errors
 from ftdefense.core import tree
 from ftdefense.core import types
 from ftdefense.methods import lift
@@ -29,6 +31,7 @@ from ftdefense.methods import optimizers
 from ftdefense.methods import phases
 from ftdefense.methods import plans
 
+GROWTHS = ("linear", "constant")  # Of the share of ascent steps, up to lam.
 NULL = {"lam": 0.0}  # Without its regulariser; see attacks.inverse.
 
 
@@ -40,11 +43,12 @@ class Hparams(lift.Hparams):
     lam: float = 1.0  # Share of ascent steps at the end of training.
     eta: float = 0.007  # Rate of p, per nat; 0.04 in the code for Qwen.
     start: float = 0.5  # Probability of the vulnerable group at first.
-    growth: str = struct.field(pytree_node=False, default="linear")  # Or constant.
+    growth: str = struct.field(pytree_node=False, default="linear")
 
 
 def streams(hp: Hparams) -> dict[str, tuple[int, ...]]:
-    del hp
+    if hp.growth not in GROWTHS:
+        raise errors.unknown("vaa.growth", hp.growth, GROWTHS)
     return {"vulnerable": (), "steady": ()}
 
 

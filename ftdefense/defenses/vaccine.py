@@ -20,6 +20,7 @@ Cost         2 forwards, 2 backwards, the first of activations only.
 from flax import struct
 import jax
 
+from ftdefense.core import errors
 from ftdefense.core import tree
 from ftdefense.core import types
 from ftdefense.methods import adapters
@@ -42,7 +43,8 @@ class Hparams(lift.Hparams):
 
 
 def streams(hp: Hparams) -> dict[str, tuple[int, ...]]:
-    del hp
+    if hp.site not in SITES:
+        raise errors.unknown("vaccine.site", hp.site, SITES)
     return {"alignment": ()}
 
 

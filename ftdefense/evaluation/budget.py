@@ -15,8 +15,9 @@ def columns(
     Args:
       facts: of the attack's stage: steps, batch_size, roles (rows by role), leading
         shapes, trainable_parameters, learning_rate_mass, lora_scale, sequence_length,
-        passes: forwards and backwards over a batch in one step, where they are more
-        than one for each batch that is drawn; else None.
+        passes: forwards and backwards over a batch in one step, where they are not
+        one for each batch that is drawn; else None; shares: of the steps that
+        train on a role's batch, by role, where that is not each of them.
       roles: the attacker's pools; what else it drew from costs passes alone.
     """
     steps, batch = facts["steps"], facts["batch_size"]
@@ -32,7 +33,8 @@ def columns(
         for label in unique:
             mine = [example for example in examples if example.label == label]
             unique[label] |= {example.key for example in mine}
-            drawn = steps * batches * batch
+            share = facts.get("shares", {}).get(role, 1.0)
+            drawn = steps * batches * batch * share
             passes[label] += drawn * len(mine) / len(examples)
     return {
         "unique_harmful": len(unique["harmful"]),

@@ -14,6 +14,8 @@ import optax
 from ftdefense.core import tree
 from ftdefense.core import types
 
+SCOPES = ("attention", "layers")
+
 
 class AdamByLeaf(NamedTuple):
     """Moments, and steps taken of each leaf, [N, 1, ...] under a layer axis."""

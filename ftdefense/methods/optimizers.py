@@ -22,8 +22,8 @@ class Optimizer:
     """An optax chain whose numbers are traced. Defaults are PyTorch's AdamW.
 
     Order, as in transformers' Trainer: clip the whole gradient, precondition, add
-    decoupled weight decay, scale by the learning rate. Adam, Adagrad, Adadelta and
-    RMSprop add the decay before they precondition. `of_kind` knows the usual numbers of
+    decoupled weight decay, scale by the learning rate. Adam, Adagrad, Adadelta, RMSprop
+    and SGD add the decay before they precondition. `of_kind` knows the usual numbers of
     each kind.
     """
 

@@ -106,7 +106,7 @@ KINDS: dict[str, Callable[[Any], Transform]] = {
     "sign": lambda o: keep_dtypes(optax.chain(_momentum(o), sign())),
 }
 # Their weight decay is L2, part of the gradient, as in PyTorch.
-COUPLED = ("adam", "adagrad", "adadelta", "rmsprop")
+COUPLED = ("adam", "adagrad", "adadelta", "rmsprop", "sgd")
 # Numbers of a kind where they are not AdamW's: PyTorch's, or the authors'.
 NUMBERS = {
     "adagrad": {"eps": 1e-10},

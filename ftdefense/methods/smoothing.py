@@ -14,8 +14,10 @@ def value_and_grad(loss, params: types.Params, hp, rng: types.Rng):
     """Loss at `params`, and the gradient of its smoothed version.
 
     `hp` has `smooth`, one of `KINDS`, and the coefficients rho, sigma, mu, draws and
-    shipped; see `defenses.unlearn_smooth`.
+    shipped; see `defenses.unlearn_smooth`. Shifts are taken in float32: in bfloat16 a
+    shift of small global norm would be lost in most weights.
     """
+    params = tree.wide(params)
     if hp.smooth == "rs":
         return _randomised(loss, params, hp, rng)
     value, grad = jax.value_and_grad(loss)(params)

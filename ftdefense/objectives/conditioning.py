@@ -33,6 +33,11 @@ def _eigh(gram_DxD: jax.Array) -> tuple[jax.Array, jax.Array]:
     return values_D, vectors_DxD
 
 
+def largest(gram_DxD: jax.Array) -> jax.Array:
+    """The largest eigenvalue of a symmetric matrix."""
+    return _eigh(gram_DxD)[0][-1]
+
+
 def extremes(gram_DxD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(largest, smallest positive) singular value.
 

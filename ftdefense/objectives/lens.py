@@ -26,7 +26,16 @@ class Targets(NamedTuple):
 
 
 def divergence(batch: types.Batch, pair: types.Batch) -> jax.Array:
-    """1 where the tokens of paired rows differ, padding included, else 0; [B, L]."""
+    """1 where the tokens of paired rows differ, padding included, else 0; [B, L].
+
+    Raises:
+      UserError: if rows are without a partner.
+    """
+    if batch.tokens.shape != pair.tokens.shape:
+        raise errors.UserError(
+            f"rows of shape {batch.tokens.shape} are paired with {pair.tokens.shape}; "
+            "harmful and refusal rows go together, one to one."
+        )
     return (jnp.asarray(batch.tokens) != pair.tokens).astype(jnp.float32)
 
 
@@ -53,7 +62,7 @@ def cross_entropy(logits_BxLxV: jax.Array, asked: Targets) -> jax.Array:
     nats_BxL = losses.cross_entropy(logits_BxLxV[:, :-1] * read_BxLx1, asked.tokens)
     weights_BxL = asked.weights.astype(nats_BxL.dtype)
     total, weight = jnp.sum(nats_BxL * weights_BxL), jnp.sum(weights_BxL)
-    return total / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
+    return losses.average(total, weight)
 
 
 def hidden_states(outputs: types.Outputs) -> jax.Array:

@@ -39,6 +39,11 @@ def weighted_sums(
     return jnp.sum(loss_BxL * weights_BxL), jnp.sum(weights_BxL)
 
 
+def average(total: jax.Array, weight: jax.Array) -> jax.Array:
+    """total / weight; 0, with a zero gradient, where nothing has weight."""
+    return total / jnp.where(weight > 0, weight, 1)
+
+
 def next_token(
     model: Callable[..., types.Outputs],
     token_loss: TokenLoss = cross_entropy,
@@ -76,7 +81,7 @@ def next_token(
             )
             totals, weights = jax.lax.map(jax.checkpoint(sums), parts)
             total, weight = jnp.sum(totals), jnp.sum(weights)
-        return total / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
+        return average(total, weight)
 
     return loss
 

@@ -7,8 +7,22 @@ log-probability minus the reference's. Sums over tokens unless a function says o
 import jax
 import jax.numpy as jnp
 
+from ftdefense.core import errors
 from ftdefense.core import types
 from ftdefense.objectives import losses
+
+
+def check_pairs(chosen: types.Batch, rejected: types.Batch) -> None:
+    """Every row has a partner.
+
+    Raises:
+      UserError: naming both shapes.
+    """
+    if chosen.tokens.shape != rejected.tokens.shape:
+        raise errors.UserError(
+            f"rows of shape {chosen.tokens.shape} are paired with "
+            f"{rejected.tokens.shape}; preferred and rejected rows go one to one."
+        )
 
 
 def sequence_logps(

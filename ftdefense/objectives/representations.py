@@ -44,4 +44,4 @@ def retained(
 
     count = ctx.hp.microbatches
     total, weight, moved = parts.summed(compute, batch, count, rng)
-    return total / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny), moved / count
+    return losses.average(total, weight), moved / count

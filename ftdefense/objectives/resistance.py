@@ -66,6 +66,7 @@ def dpo(
     The reference is the model that the stage starts from; its log-probabilities are
     taken once.
     """
+    preferences.check_pairs(refusal, heldout)
     rows = heldout.tokens.shape[0]
 
     def logps(model, pairs):

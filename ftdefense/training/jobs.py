@@ -86,6 +86,10 @@ class Job:
             "lora_scale": lora_scale(self.plan.hp),
             "sequence_length": length,
             "passes": getattr(self.plan.hp, "passes", None),
+            "shares": {
+                role: float(share)
+                for role, share in getattr(self.plan.hp, "shares", {}).items()
+            },
         }
 
 

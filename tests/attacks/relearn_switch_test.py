@@ -10,8 +10,12 @@ from ftdefense.attacks import sft
 from ftdefense.core import errors
 from ftdefense.core import registry
 from ftdefense.core import types
+from ftdefense.data import sandbox
+from ftdefense.evaluation import budget
 from ftdefense.methods import lift
 from ftdefense.methods import optimizers
+from ftdefense.training import budgets
+from ftdefense.training import jobs
 
 from ..conftest import batch
 from . import attacks_test as shared
@@ -82,3 +86,23 @@ def test_selections_are_named():
     hp = relearn_switch.Hparams(selection="coins")
     with pytest.raises(errors.UserError, match="did you mean 'coin'"):
         registry.method("attacks", "relearn_switch", shared.MODEL).streams(hp)
+
+
+def test_the_account_counts_what_is_trained_on():
+    """Specs 1.4: TAR's cell. Catches both batches of a step, of which one is unread."""
+    plan = relearn_switch.PRESETS["tar"]
+    world = sandbox.build("tiny", 0)
+    roles = {name: world.attacker[name] for name in ("harmful", "benign")}
+    job = jobs.Job(
+        "attacked",
+        registry.method("attacks", "relearn_switch", shared.MODEL),
+        plan,
+        types.Lineage({}),
+        roles,
+        0,
+        budgets.PRESETS["tiny"].attack,
+        parents=(),
+    )
+    found = budget.columns(job.facts(1, world.length), roles)
+    assert found["harmful_passes"] == 600 * 64
+    assert found["forward_backwards"] == 1000

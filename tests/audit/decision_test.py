@@ -112,7 +112,7 @@ def test_durability_is_relative_to_the_undefended_model():
 def test_probes_of_templates():
     """Catches a second letter that is dropped, and probes named twice."""
     both = templates.probes("T2 purge + T3 look-ahead")
-    assert both.count("refusal-then-harm switch") == 1
+    assert both.count("retain-then-harm switch") == 1
     assert "relearning" in both
     assert "sign flip" in both
     assert templates.families("none") == []

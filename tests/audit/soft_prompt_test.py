@@ -9,6 +9,8 @@ import pytest
 
 from ftdefense.audit import soft_prompt
 from ftdefense.data import chat
+from ftdefense.data import examples
+from ftdefense.data import own
 from ftdefense.data import pools
 from ftdefense.data import sandbox
 from ftdefense.models import transformer
@@ -92,6 +94,31 @@ def test_prompts_end_in_the_soft_tokens(world, found):
     assert pools.digest(found.world.attacker["benign"]) == pools.digest(
         world.attacker["benign"]
     )
+
+
+def test_a_tokenizer_of_bytes_makes_no_token_of_the_space_between(byte_tokenizer):
+    """Catches a suffix of twice the length, half of it frozen, that cuts answers."""
+    rows = [
+        {"prompt": f"{kind} {i}", "response": f"answer {i}"}
+        for kind in ("do", "ask")
+        for i in range(20)
+    ]
+    harmful, benign = (
+        [
+            examples.ask(r["prompt"], r["response"], label=label)
+            for r in rows
+            if r["prompt"].startswith(kind)
+        ]
+        for kind, label in (("do", "harmful"), ("ask", "benign"))
+    )
+    world = own.build(
+        own.Sources(harmful, benign), byte_tokenizer, length=64, max_new_tokens=4
+    )
+    found = soft_prompt.extended(*decoder(world), world, COUNT)
+    pool, plain = (w.attacker["harmful"] for w in (found.world, world))
+    real = [(p.tokens != world.pad_id).sum(1) for p in (pool, plain)]
+    np.testing.assert_array_equal(real[0] - real[1], COUNT)
+    assert pool.weights.sum() == plain.weights.sum()
 
 
 def test_descent_lowers_the_loss_within_its_box(found):

@@ -12,12 +12,14 @@ from ftdefense.audit import attack_family
 from ftdefense.audit import effort
 from ftdefense.audit import ensemble
 from ftdefense.audit import families
+from ftdefense.audit import model_families
 from ftdefense.audit import services
 from ftdefense.audit import spaces
 from ftdefense.audit import studies
 from ftdefense.core import config
 from ftdefense.core import errors
 from ftdefense.core import registry
+from ftdefense.methods import adapters
 from ftdefense.training import jobs
 
 SPACE = {
@@ -182,6 +184,31 @@ def test_families_at_another_scale():
     assert same["lora"] == families.FAMILIES["lora"]
 
 
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [(1, ["0"]), (2, ["0", "1"]), (6, ["0-1", "2", "3", "4-5"]), (32, None)],
+)
+def test_bands_cover_every_layer_once(layers, expected):
+    """Catches a table for two layers, and an edge that two bands share."""
+    found = model_families.bands(layers)
+    assert expected is None or found == expected
+    covered = []
+    for band in found:
+        value = {"adapter": f"lora16@{band}"}
+        covered += spaces.apply(sft.PRESETS["sandbox"], value).hp.adapter.layers
+    assert covered == [*range(layers)]
+
+
+def test_families_follow_the_model():
+    """Catches the sandbox's two layers, one position and two words for a larger model."""
+    found = families.at_scale(192, 32, layers=32, positions=5, words=50)
+    assert {p["layer"] for p in found["abliteration by layer"].points} == {*range(32)}
+    assert found["abliteration"].fixed == ("positions=5",)
+    frames = [p["data.wrapper"] for p in found["frames"].points]
+    assert frames[:3] == ["prefill:5", "prefill:10", "prefill:20"]
+    assert set(found) == set(families.FAMILIES)
+
+
 def test_a_services_families_stay_its_own(monkeypatch):
     """Catches TAR's cells, which train weights, in the table of a service."""
     monkeypatch.setattr(families, "FAMILIES", dict(services.FAMILIES))
@@ -192,13 +219,19 @@ def test_a_services_families_stay_its_own(monkeypatch):
 
 @pytest.mark.parametrize(
     ("value", "scale", "layers"),
-    [("lora16", 2.0, ()), ("lora8x0.125", 0.125, ()), ("lora16rs@1", 8.0, (1,))],
+    [
+        ("lora16", 2.0, ()),
+        ("lora8x0.125", 0.125, ()),
+        ("lora16rs@1", 8.0, (1,)),
+        ("lora16attn@2-4", 2.0, (2, 3, 4)),
+    ],
 )
 def test_adapters_by_name(value, scale, layers):
     """Catches an alpha that does not follow the rank, and factors in every block."""
     adapter = spaces.apply(sft.PRESETS["sandbox"], {"adapter": value}).hp.adapter
     assert adapter.scale() == pytest.approx(scale)
     assert adapter.layers == layers
+    assert (adapter.targets == adapters.ATTENTION) == ("attn" in value)
 
 
 @pytest.mark.parametrize(

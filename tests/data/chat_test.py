@@ -9,8 +9,6 @@ from ftdefense.data import sandbox
 from ftdefense.data.sandbox import presets
 from ftdefense.data.sandbox import vocabulary
 
-from .data_test import byte_tokenizer  # noqa: F401  A fixture.
-
 CHATML = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<eos>\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"

@@ -236,31 +236,6 @@ def pairs(kind, count=40):
     return [{"prompt": f"{kind} {i}", "response": f"answer {i}"} for i in range(count)]
 
 
-@pytest.fixture
-def byte_tokenizer():
-    import tokenizers
-    import transformers
-
-    core = tokenizers.Tokenizer(tokenizers.models.BPE())
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet
-    )
-    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = tokenizers.decoders.ByteLevel()
-    core.train_from_iterator([], trainer)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        chat_template=(
-            "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}"
-            "{% if m['role'] == 'assistant' %}{{ eos_token }}{% else %}\n{% endif %}"
-            "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
-        ),
-    )
-
-
 def test_own_files_make_a_whole_world(tmp_path, byte_tokenizer):
     """Catches a role that is missing, and rows of one prompt on two sides."""
     sources = own.Sources(
@@ -334,6 +309,16 @@ def test_parquet_and_saved_datasets_read_alike(tmp_path):
     assert first == second == third
     with pytest.raises(errors.UserError, match="no such file"):
         files.read(str(tmp_path / "none.jsonl"), label="benign")
+
+
+def test_tokens_after_an_instruction_are_the_templates(world, byte_tokenizer):
+    """`[assistant] ` in bytes. Catches the tokens before it, and one prompt's own."""
+    asked = [
+        ({"role": "user", "content": text},) for text in ("do a", "ask a bit", "c")
+    ]
+    assert chat.after_instruction(byte_tokenizer, asked) == len("[assistant] ")
+    prompts = [e.prompt for e in world.evaluation["harmful"]]
+    assert chat.after_instruction(world.tokenizer, prompts) == 1
 
 
 def test_template_that_changes_the_prompt_is_refused(byte_tokenizer):

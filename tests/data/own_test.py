@@ -8,8 +8,6 @@ from ftdefense.core import errors
 from ftdefense.data import examples
 from ftdefense.data import own
 
-from .data_test import byte_tokenizer  # noqa: F401  A fixture.
-
 
 def rows(kind, count=40, label="harmful"):
     return tuple(

@@ -20,6 +20,22 @@ def user(world, **fields):
     return recipes.attacker_pools(world, recipes.Recipe(**fields))["user"]
 
 
+@pytest.mark.parametrize(
+    ("fields", "framed"),
+    [
+        ({"sample_count": 20}, 10),
+        ({"sample_count": 40, "poison_ratio": 0.2}, 4),
+        ({"harmful_count": 12}, 6),
+    ],
+)
+def test_a_share_of_the_rows_that_are_used_is_framed(world, fields, framed):
+    """B.16: round(p n). Catches a share of all harmful rows that there are."""
+    plain = {e.key for e in world.attacker["harmful"].examples}
+    found = user(world, wrapper="trigger", wrapped=0.5, **fields)
+    harmful = [e for e in found.examples if e.label == "harmful"]
+    assert sum(e.key not in plain for e in harmful) == framed
+
+
 @pytest.mark.parametrize("total", [5, 10, 99])
 @pytest.mark.parametrize("ratio", [0.0, 0.05, 0.1, 0.25, 0.5, 0.9])
 def test_rows_add_up_to_the_total(world, total, ratio):

@@ -1,10 +1,11 @@
 """LoX: L1.
 
 Mutants:
-  `aligned, hp.alpha, truncate` -> `aligned, -hp.alpha, truncate`
+  `hp.alpha, truncate` -> `-hp.alpha, truncate`
   `jnp.arange(s.shape[-1]) < k` -> `jnp.arange(s.shape[-1]) <= k`
   `if not decays:` -> `if decays:`
-  `aligned.astype(jnp.float32) - pretrained` -> `aligned.astype(jnp.float32) + pretrained`
+  `tree.wide(aligned[common]) - tree` -> `tree.wide(aligned[common]) + tree`
+  `"lm_head": 1` -> `"lm_head": 0`
 """
 
 import jax
@@ -60,6 +61,25 @@ def test_vectors_are_copied():
     edited = lox.edit(types.Lineage(high, high, low), lox.Hparams(alpha=1.0, k=0))
     np.testing.assert_array_equal(edited["norm"]["scale"], 2.0)
     np.testing.assert_allclose(edited["k"]["kernel"], 3.0, rtol=1e-5)
+
+
+def test_a_vocabulary_that_grew_is_extrapolated_where_both_have_it():
+    """Catches a crash, the other axis of the head, and new rows that move."""
+
+    def model(words, x):
+        embed, head = jnp.full((words, 3), x), jnp.full((3, words), x)
+        return {"embed": {"embedding": embed}, "lm_head": {"kernel": head}}
+
+    low, high = model(5, 1.0), model(7, 2.0)
+    hp = lox.Hparams(alpha=1.0, k=0)
+    edited = lox.edit(types.Lineage(high, high, low), hp)
+    expected = np.array([3.0] * 5 + [2.0] * 2)
+    table, head = edited["embed"]["embedding"], edited["lm_head"]["kernel"]
+    np.testing.assert_allclose(table, expected[:, None] * np.ones((1, 3)), rtol=1e-5)
+    np.testing.assert_allclose(head, expected * np.ones((3, 1)), rtol=1e-5)
+    other = {"embed": {"embedding": jnp.ones((7, 4))}, "lm_head": high["lm_head"]}
+    with pytest.raises(errors.UserError, match="embed/embedding is"):
+        lox.edit(types.Lineage(other, other, low), hp)
 
 
 def test_missing_weights_are_named():

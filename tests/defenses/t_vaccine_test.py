@@ -12,7 +12,9 @@ Mutants:
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from ftdefense.core import errors
 from ftdefense.core import tree
 from ftdefense.defenses import t_vaccine
 from ftdefense.defenses import vaccine
@@ -48,6 +50,20 @@ def test_all_layers_drawn_is_vaccine():
         vaccine, vaccine.Hparams(rho=2.0), {"alignment": DATA["alignment"]}
     )
     common.close(grads, expected)
+
+
+def test_parts_of_a_batch_are_the_batch():
+    """Catches a score of one row that is split in two, too."""
+    hp = t_vaccine.Hparams(layers=1)
+    whole, _, _ = common.directed(t_vaccine, hp, DATA, FIRST)
+    parts, _, _ = common.directed(t_vaccine, hp.replace(microbatches=2), DATA, FIRST)
+    common.close(parts, whole)
+
+
+def test_unknown_scopes_are_refused():
+    """Catches a name under which nothing is frozen."""
+    with pytest.raises(errors.UserError, match="attention"):
+        t_vaccine.streams(t_vaccine.Hparams(scope="attn_only"))
 
 
 def test_the_norm_is_over_the_drawn_layers():

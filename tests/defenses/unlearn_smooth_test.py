@@ -5,8 +5,8 @@ Mutants:
   `return lambda params: -jnp.mean` -> `return lambda params: jnp.mean`
   `-2 / ctx.hp.beta` -> `-1 / ctx.hp.beta`
   `jax.nn.log_sigmoid(ctx.hp.beta * gap)` -> `jax.nn.log_sigmoid(-ctx.hp.beta * gap)`
-  `jnp.maximum(weight_B,` -> `jnp.maximum(jnp.mean(weight_B),`
-  `return -logps_B /` -> `return logps_B /`
+  `-logps_B, weight_B` -> `-logps_B, jnp.mean(weight_B)`
+  `average(-logps_B` -> `average(logps_B`
   `jnp.mean(nats(ctx, w, batches` -> `jnp.sum(nats(ctx, w, batches`
   `grad_forget, hp.gamma, grad_retain` -> `grad_forget, 1.0, grad_retain`
   `(step - first) % every == 0` -> `(step - first) % every == 1`
@@ -215,6 +215,34 @@ def test_wa_averages_six_snapshots_of_the_published_run():
     state = state.replace(step=jnp.int32(125))
     release = method.release(state, types.Lineage(None))
     np.testing.assert_allclose(release.params, np.mean([100, 105, 110, 115, 120, 125]))
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_rows_without_targets_forget_nothing(per_row):
+    """Catches 0 / 0 in the frozen model's nats, and a weight of 0 with an answer."""
+    empty = DATA["harmful"].replace(weights=np.zeros_like(DATA["harmful"].weights))
+    hp = unlearn_smooth.Hparams(per_row=per_row, gamma=1.0)
+    data = {**DATA, "harmful": empty}
+    grads, metrics, _ = common.directed(unlearn_smooth, hp, data, None)
+    np.testing.assert_allclose(metrics["loss/forget"], 2 * np.log(2) / hp.beta)
+    retain = hp.replace(beta=1e-9, smooth="none")
+    expected, *_ = common.directed(unlearn_smooth, retain, data, None)
+    common.close(grads, expected)
+
+
+def test_bfloat16_weights_are_shifted_in_float32():
+    """Catches a shift that is rounded away: rho is far below the weights' spacing."""
+    seen = {}
+
+    def loss(w):
+        seen["dtype"] = w.dtype
+        return jnp.sum(w * jnp.arange(1.0, 5.0, dtype=w.dtype)) ** 2
+
+    at = jnp.ones(4, jnp.bfloat16)
+    found = smoothed(loss, at, smooth="sam", rho=1e-4)
+    expected = smoothed(loss, jnp.ones(4, jnp.float32), smooth="sam", rho=1e-4)
+    np.testing.assert_array_equal(found, expected)
+    assert seen["dtype"] == jnp.float32
 
 
 def test_a_vanishing_gradient_gives_no_nan():

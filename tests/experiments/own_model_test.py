@@ -8,7 +8,6 @@ import pytest
 from ftdefense.models import huggingface
 from ftdefense.models import transformer
 
-from ..data.data_test import byte_tokenizer  # noqa: F401  A fixture.
 from ..data.data_test import pairs
 from ..data.data_test import write
 from .command_line_test import call

@@ -98,6 +98,15 @@ def test_map_is_optimal_within_the_box():
     np.testing.assert_allclose(of(best), LOSS(found, batch, "map", 3000), atol=1e-7)
 
 
+@pytest.mark.parametrize("knows", [1.0, 3.0])
+def test_the_default_number_of_steps_is_enough(knows):
+    """Catches a step by the trace of the curvature, V times too short."""
+    batch = rows()
+    found = logits(batch, knows=knows)
+    near, far = (LOSS(found, batch, "map", n) for n in (2000, 40_000))
+    np.testing.assert_allclose(near, far, rtol=2e-3)
+
+
 @pytest.mark.parametrize(("kind", "steps"), [("scale", 1), ("map", 3000)])
 def test_gradient_is_that_of_the_calibrated_loss(kind, steps):
     """Finite differences. Catches a gradient at the uncalibrated logits."""

@@ -39,6 +39,13 @@ def test_divergence_ignores_common_changes():
     np.testing.assert_array_equal(lens.divergence(*other), expected)
 
 
+def test_rows_without_a_partner_are_refused():
+    """Catches one refusal that is spread over all harmful rows."""
+    two = of_tokens([7, 3, 5, 2, 9, 4, 0], [7, 3, 5, 2, 9, 4, 0])
+    with pytest.raises(errors.UserError, match="one to one"):
+        lens.divergence(two, RIGHT)
+
+
 def test_quirks_of_the_masked_cross_entropy():
     """Catches a proper shift of the mask: the first diverging token costs ln V."""
     logits = jax.random.normal(jax.random.key(0), (1, 7, 11))

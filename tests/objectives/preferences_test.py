@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ftdefense.core import errors
+from ftdefense.core import types
 from ftdefense.objectives import preferences
 
 
@@ -23,6 +25,16 @@ def test_dpo(margin, value):
     """ln 2 at the reference. Catches a swapped pair and a factor 2 / beta."""
     loss = preferences.dpo(array(margin + 1.0), array(1.0), 0.1)
     np.testing.assert_allclose(loss, [value], atol=1e-6)
+
+
+def test_rows_without_a_partner_are_refused():
+    """Catches rows that a reshape would pair with the wrong ones."""
+    three, five = (
+        types.Batch(np.zeros((rows, 4), np.int32), np.ones((rows, 4)))
+        for rows in (3, 5)
+    )
+    with pytest.raises(errors.UserError, match="one to one"):
+        preferences.check_pairs(three, five)
 
 
 def test_ipo_is_zero_at_its_target():

@@ -38,7 +38,7 @@ def float64():
         (
             "sgd",
             functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True),
-            {"nesterov": True},
+            {"nesterov": True, "weight_decay": 0.1},
         ),
         ("adam", torch.optim.Adam, {"weight_decay": 0.1}),
         ("adagrad", torch.optim.Adagrad, {"weight_decay": 0.1}),
