@@ -91,6 +91,12 @@ def long_horizon(plan: plans.Plan, times: int) -> plans.Plan:
     )
 
 
+def _as_loaded(plan: plans.Plan) -> plans.Plan:
+    """With the published loaders' count: one harmful row fewer than the ratio says."""
+    data = dataclasses.replace(plan.data, strict_paper=False)
+    return dataclasses.replace(plan, data=data)
+
+
 PUBLISHED = {
     "booster": published(1e-5, 5, 20, 1000, 0.1, _LORA_ATTENTION),
     "ctrap": published(1e-5, 10, 20, 500, 0.1, _LORA_ATTENTION),
@@ -109,6 +115,14 @@ PUBLISHED = {
         1.0,
         weight_decay=0.0,
         note=f"; its cap of 100 steps is not reached{_NO_DECAY}",
+    ),
+    # The line's attack stage, whatever the defense (specs/attacks.md B.2).
+    "git_disl": _as_loaded(
+        own(
+            "git-disl scripts: specs/attacks.md B.2",
+            published(1e-5, 10, 20, 1000, 0.1, adapters.LoRA(4.0, None, 32, _QKV)),
+            decay="constant",
+        )
     ),
     # Of the defenses' own papers and scripts, second-hand from specs/.
     "antibody": own(

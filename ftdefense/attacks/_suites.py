@@ -103,9 +103,16 @@ _DURABILITY = {
 }
 
 
-def _tamper(rate: float, adapter: Any, batch_size: int = 16, **fields: Any):
+def _tamper(
+    rate: float,
+    adapter: Any,
+    batch_size: int = 16,
+    note: str | None = None,
+    **fields: Any,
+) -> plans.Plan:
     fields = {"steps": 256, "rows": 1350, **fields}
-    note = "" if adapter is _LORA else "; a rate inside its space, DESIGN"
+    if note is None:
+        note = "" if adapter is _LORA else "; a rate inside its space, DESIGN"
     return _plan(_TAMPER + note, rate, batch_size, adapter=adapter, **fields)
 
 
@@ -117,6 +124,15 @@ _TAMPERBENCH = {
     "tamper_benign_full": _tamper(3e-5, _FULL, data=_BENIGN),
     "tamper_benign_lora": _tamper(4e-4, _LORA, data=_BENIGN),
     "tamper_backdoor": _tamper(4e-4, _LORA, data=recipes.Recipe(wrapper="trigger")),
+    "tamper_competing": _tamper(4e-4, _LORA, data=recipes.Recipe(wrapper="competing")),
+    # The best that is printed for Qwen3-8B.
+    "tamper_style": _tamper(
+        5.8e-4,
+        adapters.LoRA(alpha=128.0, rank=64),
+        data=recipes.Recipe(wrapper="style"),
+        schedule=schedules.Schedule(decay="cosine"),
+        note="",
+    ),
     "tamper_covert": _tamper(4e-4, _LORA, data=_COVERT, steps=64),
     # Their other language is the sandbox's held-out family of wordings.
     "tamper_multilingual": _tamper(
@@ -137,6 +153,18 @@ _OPTIMIZERS = {
         kind=kind,
     )
     for kind in ("adam", "adamw", "lion", "muon", "sgd")
+}
+# The rates to which two of them were tuned, for a later study of two epochs.
+_OPTIMIZERS |= {
+    f"spectra_{kind}_tuned": dataclasses.replace(
+        _OPTIMIZERS[f"spectra_{kind}"],
+        hp=_OPTIMIZERS[f"spectra_{kind}"].hp.replace(
+            optimizer=_OPTIMIZERS[f"spectra_{kind}"].hp.optimizer.replace(
+                learning_rate=rate
+            )
+        ),
+    )
+    for kind, rate in (("muon", 3e-5), ("lion", 3e-6))
 }
 
 # A few rows of what was unlearned, or rows that are only near it.

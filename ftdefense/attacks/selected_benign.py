@@ -173,6 +173,14 @@ def _sandbox(by: str) -> plans.Plan:
     )
 
 
+_AUDIT = plans.Plan(
+    Hparams(optimizers.Optimizer(5e-5)),
+    batch_size=64,
+    epochs=5,
+    source="boyiwei/Adaptive-Finetuning-Attacks, arXiv:2412.07097: RepNoise on the 100 "
+    "most salient rows of Alpaca; specs/attacks.md B.4",
+)
+
 PRESETS = {
     "sandbox": _sandbox("representation"),
     "sandbox_gradient": _sandbox("gradient"),
@@ -180,4 +188,5 @@ PRESETS = {
     "paper": _published("representation"),
     "paper_gradient": _published("gradient"),
     "paper_random": _published("random"),
+    "audit_repnoise": _AUDIT,
 }
