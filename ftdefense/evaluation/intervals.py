@@ -6,7 +6,7 @@ import statistics
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 
 class Estimate(NamedTuple):
@@ -63,8 +63,10 @@ def exact(successes: float, n: float, error: float = 0.05) -> Estimate:
     fewest = math.floor(successes / n * trials + _SLACK)
     most = math.ceil(successes / n * trials - _SLACK)
     tail = error / 2
-    low = stats.beta.ppf(tail, fewest, trials - fewest + 1) if fewest else 0.0
-    high = stats.beta.ppf(1 - tail, most + 1, trials - most) if most < trials else 1.0
+    low = special.betaincinv(fewest, trials - fewest + 1, tail) if fewest else 0.0
+    high = (
+        special.betaincinv(most + 1, trials - most, 1 - tail) if most < trials else 1.0
+    )
     return Estimate(successes / n, float(low), float(high), trials)
 
 
