@@ -4,7 +4,8 @@
 
 runs {harmful, both, benign} x {own, SideStepper's budget} x {constant, cosine, kick} x
 {LoRA scale 0.125, 2} against each release, all arms of a budget in one program, prints
-what each factor changes when the others are averaged over, and writes arms.jsonl.
+what each factor changes of harm, capability and success (both at once) when the others
+are averaged over, and writes arms.jsonl.
 """
 
 from absl import flags
@@ -23,6 +24,12 @@ FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(settings)
 flags.DEFINE_list("defense", ["none"], "Defenses, likewise to run.py.")
 flags.DEFINE_float("learning_rate", 1e-3, "Peak of every arm.")
+
+SCORES = {
+    "the harmful score": "harmful_score",
+    "capability": "capability",
+    "success (harm, and 90 % of the capability kept)": "success",
+}
 
 
 def against(
@@ -89,24 +96,23 @@ def report(rows: list[dict]) -> str:
         + [f"{e.success:.2f}", str(e.arms)]
         for e in arms.main_effects(rows)
     ]
-    names = list(arms.contrasts(rows))
-    gains = [
-        [defense]
-        + [
-            f"{gain:+.2f}"
-            for gain in arms.contrasts(
-                [row for row in rows if row["defense"] == defense]
-            ).values()
+    parts = [tables.text((header, body))]
+    for title, score in SCORES.items():
+        gains = [
+            [defense]
+            + [
+                f"{gain:+.2f}"
+                for gain in arms.contrasts(
+                    [row for row in rows if row["defense"] == defense], score
+                ).values()
+            ]
+            for defense in dict.fromkeys(row["defense"] for row in rows)
         ]
-        for defense in dict.fromkeys(row["defense"] for row in rows)
-    ]
-    return "\n\n".join(
-        [
-            tables.text((header, body)),
-            "Change of the harmful score, all else equal:",
-            tables.text((["defense", *names], gains)),
+        parts += [
+            f"Change of {title}, all else equal:",
+            tables.text((["defense", *arms.contrasts(rows)], gains), rules=False),
         ]
-    )
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":

@@ -124,8 +124,10 @@ def main_effects(rows: Sequence[Mapping[str, Any]]) -> list[Effect]:
     return found
 
 
-def contrasts(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What each step to the side buys in harmful score, all else equal.
+def contrasts(
+    rows: Sequence[Mapping[str, Any]], score: str = "harmful_score"
+) -> dict[str, float]:
+    """What each step to the side buys of `score`, a column, all else equal.
 
     Mean over pairs of arms that differ in one factor alone.
     """
@@ -140,8 +142,7 @@ def contrasts(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     for name, (factor, before, after) in pairs.items():
         others = [f for f in (*FACTORS, "defense", "seed") if f != factor]
         by_rest = {
-            (row[factor], *(row.get(f) for f in others)): row.get("harmful_score")
-            or 0.0
+            (row[factor], *(row.get(f) for f in others)): float(row.get(score) or 0.0)
             for row in rows
         }
         gains = [

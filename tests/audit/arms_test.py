@@ -51,6 +51,8 @@ def test_effects_of_an_additive_table_are_its_parts():
     np.testing.assert_allclose(contrasts["objective: harmful to both"], 0.1)
     np.testing.assert_allclose(contrasts["budget: own to sidestepper"], 0.4)
     np.testing.assert_allclose(contrasts["schedule: constant to kick"], 0, atol=1e-12)
+    kept = arms.contrasts(table, "capability")  # Of the score that is asked for.
+    assert set(kept) == set(contrasts) and not any(kept.values())
     effects = {(e.factor, e.level): e for e in arms.main_effects(table)}
     both, harmful = effects[("objective", "both")], effects[("objective", "harmful")]
     np.testing.assert_allclose(both.harmful_score - harmful.harmful_score, 0.1)
