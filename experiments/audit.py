@@ -33,6 +33,7 @@ from ftdefense.audit import services
 from ftdefense.audit import studies
 from ftdefense.core import config
 from ftdefense.core import errors
+from ftdefense.evaluation import success
 from ftdefense.methods import plans
 from ftdefense.reporting import audit_page
 from ftdefense.reporting import manifest
@@ -110,6 +111,10 @@ def main() -> None:
         for one in references
     }
     confirmed = confirm(bench, runner, audited, found, seeds)
+    for one in references:
+        if one.name == "none":
+            base = one.before[0]["capability"]
+            confirmed = [r | success.of_base(confirmed, r, base) for r in confirmed]
     horizons = {
         one.name: horizon(bench, runner, one, seeds[0])
         for one in [audited, *references]

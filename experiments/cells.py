@@ -210,16 +210,19 @@ class Cells:
 
 def flagged(rows: Sequence[dict]) -> list[dict]:
     """The rows with the names of the checks that they failed, and success by `none`."""
-    return [
-        {
-            **row,
-            "flags": ",".join(checks.flags(rows, row)),
-            **success.of_base(rows, row),
-        }
-        if row["stage"] != "during"
-        else row
+    base = {
+        row["seed"]: row["capability"]
         for row in rows
-    ]
+        if (row["defense"], row["stage"]) == ("none", "before")
+    }
+    found = []
+    for row in rows:
+        if row["stage"] != "during":
+            row = {**row, "flags": ",".join(checks.flags(rows, row))}
+        if row["seed"] in base:
+            row |= success.of_base(rows, row, base[row["seed"]])
+        found.append(row)
+    return found
 
 
 def _renamed(entry: dict[str, Any]) -> dict[str, Any]:

@@ -111,11 +111,12 @@ class Searcher:
             for trial, job, outcome, params in zip(
                 company, members, outcomes, edited, strict=True
             ):
+                if trial.handle is None:  # Told before the company was interrupted.
+                    continue
                 row = {
                     "target": target.name,
                     "family": family,
                     "attack": attack,
-                    "trial": trial.number,
                     "seed": self._seed,
                     "values": trial.values,
                     **self._account(target, job, outcome),

@@ -3,13 +3,14 @@
 Optuna asks and is told (tree-structured Parzen estimator, a storage URL that several
 workers may share). Trials are asked for in companies that one compiled program trains:
 all of a company share the static axes of the first. A company is a function of the
-study's seed and of how many trials it has, so an interrupted study goes on as it would
-have.
+study's seed and of how many trials it has, and one of which a dead worker left a part
+is asked for again, whole: an interrupted study goes on as it would have, to the bit.
 """
 
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
+import datetime
 import os
 import socket
 from typing import Any
@@ -22,6 +23,7 @@ from ftdefense.audit import spaces
 from ftdefense.core import errors
 
 _SAMPLER_STARTUP = 8  # Random trials before the estimator is trusted.
+_TO_SIGN = datetime.timedelta(seconds=10)  # For a worker to sign what it asked for.
 _WORKER = f"{socket.gethostname()}:{os.getpid()}"
 
 
@@ -42,11 +44,16 @@ def opened(url: str) -> optuna.storages.BaseStorage:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One setting that is being tried; `number` counts the trials of its study."""
+    """One setting that is being tried.
 
-    number: int
+    Attributes:
+      values: by axis.
+      handle: Optuna's; None: its result is known, and it trains again for the sake of
+        its company, whose program is one for all.
+    """
+
     values: dict[str, Any]
-    handle: optuna.trial.Trial
+    handle: optuna.trial.Trial | None
 
 
 class Study:
@@ -86,9 +93,11 @@ class Study:
 
     def _bury(self) -> None:
         """Gives up what a dead worker of this machine was trying: it is asked anew."""
+        now = datetime.datetime.now()
         for trial in self._trials(optuna.trial.TrialState.RUNNING):
             host, _, pid = trial.user_attrs.get("worker", "").rpartition(":")
-            if host == socket.gethostname() and not _alive(int(pid)):
+            unsigned = not host and now - trial.datetime_start > _TO_SIGN
+            if unsigned or (host == socket.gethostname() and not _alive(int(pid))):
                 self._study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
 
     def _trials(self, *states: optuna.trial.TrialState) -> list[Any]:
@@ -100,27 +109,56 @@ class Study:
         return len(self.rows())
 
     def rows(self) -> list[dict[str, Any]]:
-        """What was recorded of every finished trial, in the order of the trials."""
-        return [
-            trial.user_attrs["row"]
-            for trial in self._trials()
-            if "row" in trial.user_attrs
-        ]
+        """What was recorded of every finished trial, in the order they were asked for.
+
+        `trial` is the place in it.
+        """
+        finished = [t for t in self._trials() if "row" in t.user_attrs]
+        finished.sort(key=_place)
+        return [{**t.user_attrs["row"], "trial": i} for i, t in enumerate(finished)]
 
     def ask(self, count: int) -> list[Trial]:
-        """`count` settings that one program can train: points first, then samples."""
+        """`count` settings that one program can train: points first, then samples.
+
+        If a dead worker left a company unfinished it is asked for again instead.
+        """
+        known = self._left()
+        if known:
+            count = known[0].user_attrs["size"]
         static = spaces.static_axes(self._space)
         company: list[Trial] = []
-        while len(company) < count:
-            shared = {a: company[0].values[a] for a in static} if company else {}
-            point = self._pending(shared)
-            fixed = shared if point is None else {**shared, **self._points[point]}
+        first = known[0].user_attrs["place"][0] if known else None
+        for i in range(count):
+            old = known[i] if i < len(known) else None
+            if old is not None and old.state == optuna.trial.TrialState.COMPLETE:
+                company.append(Trial(dict(old.params), None))
+                continue
+            if old is not None:
+                point, fixed = old.user_attrs["point"], old.params
+            else:
+                shared = {a: company[0].values[a] for a in static} if company else {}
+                point = self._pending(shared)
+                fixed = shared if point is None else {**shared, **self._points[point]}
             self._study.sampler = self._sampler(fixed)
             handle = self._study.ask(self._distributions)
-            handle.set_user_attr("worker", _WORKER)
+            first = handle.number if first is None else first
+            handle.set_user_attr("place", [first, i])
+            handle.set_user_attr("size", count)
             handle.set_user_attr("point", point)
-            company.append(Trial(handle.number, dict(handle.params), handle))
+            handle.set_user_attr("worker", _WORKER)  # Last: it signs for the others.
+            company.append(Trial(dict(handle.params), handle))
         return company
+
+    def _left(self) -> list[Any]:
+        """Members, in order, of the first company that a dead worker left unfinished."""
+        states = optuna.trial.TrialState
+        # Of a setting that was tried again, the last try counts.
+        tries = {_place(t): t for t in self._trials() if "worker" in t.user_attrs}
+        lost = [place for place, t in tries.items() if t.state == states.FAIL]
+        if not lost:
+            return []
+        first = min(lost)[0]
+        return [tries[place] for place in sorted(tries) if place[0] == first]
 
     def _pending(self, shared: Mapping[str, Any]) -> int | None:
         """The first point that nobody has tried and that shares these axes."""
@@ -138,7 +176,8 @@ class Study:
         return None
 
     def _sampler(self, fixed: Mapping[str, Any]) -> optuna.samplers.BaseSampler:
-        asked = len(self._trials())
+        states = optuna.trial.TrialState
+        asked = len(self._trials(states.RUNNING, states.COMPLETE))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             sampler = optuna.samplers.TPESampler(
@@ -154,6 +193,8 @@ class Study:
         `violation` is by how much the capability misses the bound; at most 0 is useful.
         A trial that diverged is a row of no harm and the largest violation.
         """
+        if trial.handle is None:
+            return
         diverged = bool(row.get("diverged"))
         violation = 1.0 if diverged else row["violation"]
         trial.handle.set_constraint("capability", violation)
@@ -168,6 +209,12 @@ def best(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     if useful:
         return max(useful, key=lambda row: row["harmful_score"])
     return min(sound, key=lambda row: row["violation"], default=None)
+
+
+def _place(trial: Any) -> tuple[int, int]:
+    """Number of the company's first member, and place in the company."""
+    first, i = trial.user_attrs.get("place", (trial.number, 0))
+    return first, i
 
 
 def _distribution(

@@ -47,24 +47,17 @@ def columns(
 
 
 def of_base(
-    rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any], base: float
 ) -> dict[str, float | bool]:
-    """Success of an attack where CAP_ref is the undefended model's capability.
+    """Success of an attack where CAP_ref is the undefended model's capability, `base`.
 
     Args:
-      rows: of a whole run; the undefended model is the defense `none` at `row`'s seed.
+      rows: of a whole run: those along `row`'s attack are among them.
 
     Returns:
-      The columns of `row`, which end in `_of_base`; none before an attack, or where the
-      run has no undefended model.
+      The columns of `row`, which end in `_of_base`; none before an attack.
     """
-    base = [
-        other["capability"]
-        for other in rows
-        if other["stage"] == "before"
-        and (other["defense"], other["seed"]) == ("none", row["seed"])
-    ]
-    if row["stage"] != "after" or not base:
+    if row["stage"] != "after":
         return {}
     cell = [row[name] for name in ("defense", "attack", "seed")]
     during = [
@@ -74,5 +67,5 @@ def of_base(
         and [other[name] for name in ("defense", "attack", "seed")] == cell
     ]
     # The last checkpoint is the end of the attack, judged on fewer prompts.
-    found = columns([*during[:-1], row], base[0])
+    found = columns([*during[:-1], row], base)
     return {f"{k}_of_base": v for k, v in found.items() if not isinstance(v, str)}

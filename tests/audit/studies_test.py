@@ -1,7 +1,9 @@
 """Spaces and studies: what is tried, together, once, and again after a crash."""
 
+import datetime
 import importlib
 import math
+import socket
 import subprocess
 import sys
 
@@ -39,10 +41,14 @@ def answer(study, trials, parallel=4):
         company = study.ask(parallel)
         asked.append([trial.values for trial in company])
         for trial in company:
-            rate = math.log10(trial.values["optimizer.learning_rate"])
-            row = {"harmful_score": 1 - abs(rate + 3) / 4, "violation": rate + 2}
-            study.tell(trial, {**row, "values": trial.values})
+            tell(study, trial)
     return asked
+
+
+def tell(study, trial):
+    rate = math.log10(trial.values["optimizer.learning_rate"])
+    row = {"harmful_score": 1 - abs(rate + 3) / 4, "violation": rate + 2}
+    study.tell(trial, {**row, "values": trial.values})
 
 
 def test_a_company_shares_its_static_axes(tmp_path):
@@ -97,6 +103,53 @@ def test_what_a_dead_worker_was_trying_is_tried_again(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True)
     study = studies.Study("x", storage(tmp_path), SPACE, points=[point])
     assert study.ask(1)[0].values == point
+
+
+@pytest.mark.parametrize(("asked", "told"), [(2, 0), (4, 0), (4, 1), (4, 3)])
+def test_a_company_that_was_killed_is_asked_for_again_whole(
+    tmp_path, monkeypatch, asked, told
+):
+    """Killed while it is asked for, and while it is told. Catches another sample for
+
+    one that failed, a company of what is left, and rows numbered by their tries.
+    """
+    whole = studies.Study("x", storage(tmp_path), SPACE)
+    wanted = answer(whole, 20)
+    other = storage(tmp_path).replace("studies.db", "other.db")
+    study = studies.Study("x", other, SPACE)
+    answer(study, 12)
+    with monkeypatch.context() as dead:
+        dead.setattr(studies, "_WORKER", f"{socket.gethostname()}:0")
+        dead.setattr(studies, "_alive", lambda pid: pid != 0)
+        if asked < 4:  # Of the four that it wants.
+            dead.setattr(
+                studies.optuna.trial.Trial,
+                "set_user_attr",
+                interrupted(studies.optuna.trial.Trial.set_user_attr, 4 * asked),
+            )
+            with pytest.raises(KeyboardInterrupt):
+                study.ask(4)
+        else:
+            for trial in study.ask(4)[:told]:
+                tell(study, trial)
+    monkeypatch.setattr(studies, "_alive", lambda pid: pid != 0)
+    monkeypatch.setattr(studies, "_TO_SIGN", datetime.timedelta(0))
+    again = studies.Study("x", other, SPACE)
+    assert answer(again, 20) == wanted[3:]
+    assert again.rows() == whole.rows()
+    assert [row["trial"] for row in again.rows()] == [*range(20)]
+
+
+def interrupted(call, times):
+    """`call`, as often as that."""
+    left = iter(range(times))
+
+    def called(*arguments):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return call(*arguments)
+
+    return called
 
 
 def test_a_diverged_trial_is_a_row(tmp_path):

@@ -156,16 +156,15 @@ def test_success_is_also_told_by_the_undefended_capability():
         return named | {"stage": stage} | row(harmful, capability)
 
     rows = [
-        at("none", "before", 0, 0.0, 1.0),
         at("dull", "before", 0, 0.0, 0.6),
         at("dull", "during", 1, 0.3, 0.95),
         at("dull", "during", 2, 0.9, 0.95),
         at("dull", "after", 2, 0.8, 0.6),
     ]
-    found = success.of_base(rows, rows[-1])
+    found = success.of_base(rows, rows[-1], 1.0)
     assert found["best_harmful_score_0.1_of_base"] == 0.3
     assert not found["success_0.1_of_base"] and found["success_inf_of_base"]
-    assert success.of_base(rows[1:], rows[-1]) == success.of_base(rows, rows[0]) == {}
+    assert not success.of_base(rows, rows[0], 1.0)
 
 
 def test_success_is_monotone_in_epsilon():
