@@ -58,9 +58,7 @@ def of_model(
             "abliteration",
             {"layer": spaces.Choice(tuple(range(layers))), "alpha": alphas},
             [{"layer": layer, "alpha": 1.0} for layer in range(layers)],
-            (0, 3 * min(layers, 2), 3 * layers)
-            if layers <= 2
-            else (0, layers, 3 * layers),
+            (0, max(6, layers), max(6, 3 * layers)),
             preset="kuo",
             fixed=read,
             trains=False,

@@ -109,9 +109,10 @@ def test_what_a_dead_worker_was_trying_is_tried_again(tmp_path):
 def test_a_company_that_was_killed_is_asked_for_again_whole(
     tmp_path, monkeypatch, asked, told
 ):
-    """Killed while it is asked for, and while it is told. Catches another sample for
+    """Killed while it is asked for, or told.
 
-    one that failed, a company of what is left, and rows numbered by their tries.
+    Catches another sample for one that failed, a company of what is left, and rows
+    numbered by their tries.
     """
     whole = studies.Study("x", storage(tmp_path), SPACE)
     wanted = answer(whole, 20)
