@@ -113,7 +113,9 @@ class Study:
 
         `trial` is the place in it.
         """
-        finished = [t for t in self._trials() if "row" in t.user_attrs]
+        # A worker may die between a trial's row and its state: what failed has none.
+        finished = self._trials(optuna.trial.TrialState.COMPLETE)
+        finished = [t for t in finished if "row" in t.user_attrs]
         finished.sort(key=_place)
         return [{**t.user_attrs["row"], "trial": i} for i, t in enumerate(finished)]
 

@@ -111,8 +111,8 @@ def test_a_company_that_was_killed_is_asked_for_again_whole(
 ):
     """Killed while it is asked for, or told.
 
-    Catches another sample for one that failed, a company of what is left, and rows
-    numbered by their tries.
+    Catches another sample for one that failed, a company of what is left, the row of
+    a trial that was not told, and rows numbered by their tries.
     """
     whole = studies.Study("x", storage(tmp_path), SPACE)
     wanted = answer(whole, 20)
@@ -131,8 +131,11 @@ def test_a_company_that_was_killed_is_asked_for_again_whole(
             with pytest.raises(KeyboardInterrupt):
                 study.ask(4)
         else:
-            for trial in study.ask(4)[:told]:
+            company = study.ask(4)
+            for trial in company[:told]:
                 tell(study, trial)
+            # Killed between a row and the state that makes it a result.
+            company[told].handle.set_user_attr("row", {"harmful_score": 1.0})
     monkeypatch.setattr(studies, "_alive", lambda pid: pid != 0)
     monkeypatch.setattr(studies, "_TO_SIGN", datetime.timedelta(0))
     again = studies.Study("x", other, SPACE)
