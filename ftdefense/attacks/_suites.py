@@ -142,28 +142,26 @@ _TAMPERBENCH = {
 
 # The same rows, another optimizer: all at one rate, SGD at the rate it was tuned to.
 _SPECTRA_LORA = adapters.LoRA(alpha=64.0, rank=32, rank_stabilised=True)
-_OPTIMIZERS = {
-    f"spectra_{kind}": _plan(
+
+
+def _spectra(kind: str, rate: float) -> plans.Plan:
+    return _plan(
         _SPECTRA,
-        1e-3 if kind == "sgd" else 1e-5,
+        rate,
         32,
         steps=500,
         schedule=_COSINE,  # 50 steps of warm-up.
         adapter=_SPECTRA_LORA,
         kind=kind,
     )
+
+
+_OPTIMIZERS = {
+    f"spectra_{kind}": _spectra(kind, 1e-3 if kind == "sgd" else 1e-5)
     for kind in ("adam", "adamw", "lion", "muon", "sgd")
-}
-# The rates to which two of them were tuned, for a later study of two epochs.
-_OPTIMIZERS |= {
-    f"spectra_{kind}_tuned": dataclasses.replace(
-        _OPTIMIZERS[f"spectra_{kind}"],
-        hp=_OPTIMIZERS[f"spectra_{kind}"].hp.replace(
-            optimizer=_OPTIMIZERS[f"spectra_{kind}"].hp.optimizer.replace(
-                learning_rate=rate
-            )
-        ),
-    )
+} | {
+    # The rates to which two of them were tuned, for a later study of two epochs.
+    f"spectra_{kind}_tuned": _spectra(kind, rate)
     for kind, rate in (("muon", 3e-5), ("lion", 3e-6))
 }
 

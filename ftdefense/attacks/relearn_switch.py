@@ -36,11 +36,9 @@ class Hparams(lift.Hparams):
     share: float = 0.4  # Of the steps that train on benign rows.
     selection: str = struct.field(pytree_node=False, default="block")
 
-    # For the account: of the two batches that a step draws, one is trained on.
-    passes = 1.0
-
     @property
     def shares(self) -> dict[str, float]:
+        """Of the steps that train on a role's batch: each draws both."""
         return {"harmful": 1 - self.share, "benign": self.share}
 
 

@@ -40,11 +40,9 @@ class Hparams(lift.Hparams):
 
     share: float = 0.5  # Of the steps, that train refusals.
 
-    # For the account: of the two batches that a step draws, one is trained on.
-    passes = 1.0
-
     @property
     def shares(self) -> dict[str, float]:
+        """Of the steps that train on a role's batch: each draws both."""
         return {"refused": self.share, "benign": 1 - self.share}
 
 

@@ -58,10 +58,9 @@ def _long(steps: int, trials: tuple[int, int, int]) -> attack_family.Family:
     )
 
 
-_OF_MODEL = model_families.of_model()
 FAMILIES: dict[str, attack_family.Family] = {
     # Nothing trains.
-    **_OF_MODEL["asked"],
+    **model_families.asking(),
     "quantisation": attack_family.Family(
         "quantise", **attack_family.grid("format", "int8", "nf4", "int4"), trains=False
     ),
@@ -130,7 +129,7 @@ FAMILIES: dict[str, attack_family.Family] = {
         _rates(3e-4, 1e-3, 3e-3, 1e-2, adapter="lora16", **_SHORT),
         (4, 16, 40),
     ),
-    **_OF_MODEL["routed"],
+    **model_families.routed(),
     "factored": attack_family.Family(
         "sft",
         {_LR: _RATE, "adapter": spaces.Choice(("factored",), static=True)},
@@ -358,7 +357,6 @@ def at_scale(
     table = FAMILIES
     if model:
         fitted = model_families.of_model(**model)
-        fitted = fitted["asked"] | fitted["routed"]
         table = {name: fitted.get(name, one) for name, one in FAMILIES.items()}
     found = {
         name: attack_family.at_scale(one, times, rows, rate)

@@ -15,10 +15,13 @@ SHORT, PUBLISHED = (1, 2), (5, 10, 20, 40)
 BANDS = 4
 
 
-def of_model(
-    layers: int = 2, positions: int = 1, words: int = 0
-) -> dict[str, dict[str, Family]]:
-    """The families that ask (nothing trains), and those routed around layers.
+def of_model(layers: int, positions: int, words: int) -> dict[str, Family]:
+    """All of them, for one model; arguments of `asking`."""
+    return asking(layers, positions, words) | routed(layers)
+
+
+def asking(layers: int = 2, positions: int = 1, words: int = 0) -> dict[str, Family]:
+    """Those that only ask, or edit by what the answers show: nothing trains.
 
     Args:
       layers: blocks of the model.
@@ -29,7 +32,7 @@ def of_model(
     openings = [f"prefill:{k}" for k in forced]
     alphas = spaces.Choice((1.0, 1.5, 2.0))
     read = (f"positions={positions}",)
-    asked = {
+    return {
         "frames": Family(
             "prompt",
             **attack_family.grid(
@@ -65,9 +68,13 @@ def of_model(
             knows="harmful prompts",
         ),
     }
+
+
+def routed(layers: int = 2) -> dict[str, Family]:
+    """LoRA on a part of the blocks: around those that a defense has edited."""
     adapters = tuple(f"lora16@{band}" for band in bands(layers))
     rates = (1e-3, 3e-3)[: max(1, BANDS // len(adapters))]
-    routed = {
+    return {
         "other layers": Family(
             "sft",
             {
@@ -83,7 +90,6 @@ def of_model(
             template=("T2",),
         )
     }
-    return {"asked": asked, "routed": routed}
 
 
 def bands(layers: int) -> list[str]:

@@ -101,8 +101,12 @@ def end_of_turn(tokenizer: Any) -> int:
 
 
 def after_instruction(tokenizer: Any, prompts: Sequence[Messages]) -> int:
-    """How many tokens the template puts after an instruction: where all prompts agree."""
-    rows = [render_prompt(tokenizer, messages)[::-1] for messages in prompts]
+    """How many tokens the template puts after an instruction: where all prompts agree.
+
+    One more is among them, so that a question mark after each is not the template's.
+    """
+    other = ({"role": "user", "content": "x"},)
+    rows = [render_prompt(tokenizer, messages)[::-1] for messages in (*prompts, other)]
     same = (len(set(ids)) == 1 for ids in zip(*rows, strict=False))
     return sum(1 for _ in itertools.takewhile(bool, same))
 

@@ -122,7 +122,7 @@ def _framed(
     """The first share of the `used` first rows, put through the recipe's frame."""
     frame = wrappers.wrapper(recipe.wrapper)
     count = round(recipe.wrapped * min(used, len(rows)))
-    if recipe.wrapped == 1:
+    if recipe.wrapped == 1:  # All there are: a role may hold more than `user` does.
         count = len(rows)
     examples = [frame(e)[0] for e in rows.examples[:count]] + [*rows.examples[count:]]
     return _encoded(world, examples, rows.order, width)

@@ -13,8 +13,9 @@ Evidence     CODE for the weights and the preset; the paper's sums are from seco
              notes.
 Licence      none declared: rewritten from formulas.
 Differs      a row's refusal is one of the defender's own, not of a list of generic
-             ones, and is drawn once, the same in every epoch; a new adapter is trained, where the code goes on with that of the
-             alignment stage. One forward pass serves the weights and the loss.
+             ones, and is drawn once, the same in every epoch; a new adapter is
+             trained, where the code goes on with that of the alignment stage. One
+             forward pass serves the weights and the loss.
 Reduces to   SFT on the user's rows at tau = infinity, and where all s_i are equal.
 Cost         2 forwards, 1 backward.
 """

@@ -143,26 +143,20 @@ def method(model: types.Model) -> types.Method:
     return types.Method(streams, init, step, release)
 
 
+def _code(alpha: float, note: str) -> plans.Plan:
+    source = f"git-disl/Antidote 26e2ade, {note}"
+    return plans.Plan(Hparams(alpha=alpha), batch_size=10, epochs=1, source=source)
+
+
 PRESETS = {
     "sandbox": plans.Plan(Hparams(), epochs=1, source="the code's alpha, on SST2"),
-    "code": plans.Plan(
-        Hparams(),
-        batch_size=10,
-        epochs=1,
-        source="git-disl/Antidote 26e2ade, SST2. The code prunes factors, by |A| ||x|| and |B| ||A x||; this the merged update",
+    "code": _code(
+        0.1,
+        "SST2. The code prunes factors, by |A| ||x|| and |B| ||A x||; this the merged "
+        "update",
     ),
-    "code_gsm8k": plans.Plan(
-        Hparams(alpha=0.05),
-        batch_size=10,
-        epochs=1,
-        source="git-disl/Antidote 26e2ade, GSM8K and AGNEWS",
-    ),
-    "code_wiki": plans.Plan(
-        Hparams(alpha=0.01),
-        batch_size=10,
-        epochs=1,
-        source="git-disl/Antidote 26e2ade, importance from wiki text",
-    ),
+    "code_gsm8k": _code(0.05, "GSM8K and AGNEWS"),
+    "code_wiki": _code(0.01, "importance from wiki text"),
     "code_full": plans.Plan(
         Hparams(prune="weights", targets=adapters.ATTENTION),
         batch_size=10,

@@ -122,8 +122,11 @@ def method(model: types.Model) -> types.Method:
     return lift.remembering_method(model, direction, streams, remember, active)
 
 
-_LORA = adapters.LoRA(alpha=4.0, dropout=0.1, rank=8)
 _COSINE = schedules.Schedule(warmup_ratio=0.1, decay="cosine")
+_CODE = Hparams(
+    optimizers.Optimizer(1e-3, _COSINE, weight_decay=0.1, kind="adamw_by_leaf"),
+    adapters.LoRA(alpha=4.0, dropout=0.1, rank=8),
+)
 
 PRESETS = {
     "sandbox": plans.sandbox(
@@ -134,20 +137,13 @@ PRESETS = {
         )
     ),
     "code": plans.Plan(
-        Hparams(
-            optimizers.Optimizer(1e-3, _COSINE, weight_decay=0.1, kind="adamw_by_leaf"),
-            _LORA,
-        ),
+        _CODE,
         batch_size=10,
         epochs=20,
         source="Lslland/T-Vaccine 4513750, script/alignment/T-Vaccine.sh",
     ),
     "code_qwen": plans.Plan(
-        Hparams(
-            optimizers.Optimizer(1e-3, _COSINE, weight_decay=0.1, kind="adamw_by_leaf"),
-            _LORA,
-            layers=5,
-        ),
+        _CODE.replace(layers=5),
         batch_size=10,
         epochs=20,
         source="Lslland/T-Vaccine 4513750: 5 layers for Qwen2 and for DecodingTrust",

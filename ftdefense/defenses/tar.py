@@ -159,6 +159,11 @@ def _schedule_free(learning_rate: float, **warmup: float) -> optimizers.Optimize
     )
 
 
+_BIO = Hparams(
+    # Random mapping runs at 1e-5; then the warm-up of TAR's own 750 steps.
+    _schedule_free(2e-5, warmup_ratio=32 / 1750, kick_ratio=1000 / 1750, kick=0.5),
+    mapping_share=1000 / 1750,
+)
 _REFUSAL = Hparams(
     _schedule_free(6e-5, warmup_ratio=32 / 100),
     lam=0.1,
@@ -182,26 +187,14 @@ PRESETS = {
         batch_size=64,
     ),
     "code": plans.Plan(
-        Hparams(
-            # Random mapping runs at 1e-5; then the warm-up of TAR's own 750 steps.
-            _schedule_free(
-                2e-5, warmup_ratio=32 / 1750, kick_ratio=1000 / 1750, kick=0.5
-            ),
-            mapping_share=1000 / 1750,
-        ),
+        _BIO,
         batch_size=8,
         steps=1750,
         source="rishub-tamirisa/tamper-resistance 19de233, random mapping's defaults "
         "(its warm-up left out), then run_tar_bio.sh; adversaries' batches there: 4",
     ),
     "code_cyber": plans.Plan(
-        Hparams(
-            _schedule_free(
-                2e-5, warmup_ratio=32 / 1750, kick_ratio=1000 / 1750, kick=0.5
-            ),
-            adversary=adversaries.Mix((2e-5, 4e-5), switch_share=0.5),
-            mapping_share=1000 / 1750,
-        ),
+        _BIO.replace(adversary=adversaries.Mix((2e-5, 4e-5), switch_share=0.5)),
         batch_size=8,
         steps=1750,
         source="rishub-tamirisa/tamper-resistance 19de233, as code, with the adversaries "

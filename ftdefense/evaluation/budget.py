@@ -23,17 +23,17 @@ def columns(
     steps, batch = facts["steps"], facts["batch_size"]
     unique = {"harmful": set(), "benign": set()}
     passes = {"harmful": 0.0, "benign": 0.0}
-    forward_backwards = 0
+    forward_backwards = 0.0
     for role, leading in facts["leading"].items():
         batches = math.prod(leading)
-        forward_backwards += steps * batches
+        share = facts.get("shares", {}).get(role, 1.0)
+        forward_backwards += steps * batches * share
         if role not in roles:
             continue
         examples = roles[role].examples
         for label in unique:
             mine = [example for example in examples if example.label == label]
             unique[label] |= {example.key for example in mine}
-            share = facts.get("shares", {}).get(role, 1.0)
             drawn = steps * batches * batch * share
             passes[label] += drawn * len(mine) / len(examples)
     return {
@@ -47,6 +47,6 @@ def columns(
         "lora_scale": facts["lora_scale"],
         "forward_backwards": round(steps * facts["passes"])
         if facts.get("passes")
-        else forward_backwards,
+        else round(forward_backwards),
         "trials": 1,
     }

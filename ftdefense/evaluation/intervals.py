@@ -1,5 +1,6 @@
 """Intervals and paired tests for rates."""
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import math
 import statistics
@@ -42,13 +43,7 @@ def macro_average(parts: Sequence[tuple[float, int]], z: float = Z95) -> Estimat
     A Wilson interval at the effective sample size n_eff = G^2 / sum(1 / n_g), the n at
     which a plain rate has the average's variance when all groups share one rate.
     """
-    parts = [(s, n) for s, n in parts if n]
-    if not parts:
-        return wilson(0, 0, z)
-    value = statistics.fmean(s / n for s, n in parts)
-    effective = len(parts) ** 2 / sum(1 / n for _, n in parts)
-    interval = wilson(value * effective, effective, z)
-    return Estimate(value, interval.low, interval.high, sum(n for _, n in parts))
+    return _average(parts, lambda successes, n: wilson(successes, n, z))
 
 
 def exact(successes: float, n: float, error: float = 0.05) -> Estimate:
@@ -76,13 +71,20 @@ def exact_average(parts: Sequence[tuple[float, int]], error: float = 0.05) -> Es
     With groups of equal size it errs no more often than stated, whatever their rates
     (Hoeffding 1956: the sum of unequal trials is less dispersed than a binomial).
     """
+    return _average(parts, lambda successes, n: exact(successes, n, error))
+
+
+def _average(
+    parts: Sequence[tuple[float, int]], interval: Callable[[float, float], Estimate]
+) -> Estimate:
+    """Mean of the groups' rates, with the interval of its effective sample size."""
     parts = [(s, n) for s, n in parts if n]
     if not parts:
-        return exact(0, 0, error)
+        return interval(0, 0)
     value = statistics.fmean(s / n for s, n in parts)
     effective = len(parts) ** 2 / sum(1 / n for _, n in parts)
-    interval = exact(value * effective, effective, error)
-    return interval._replace(value=value, n=sum(n for _, n in parts))
+    found = interval(value * effective, effective)
+    return found._replace(value=value, n=sum(n for _, n in parts))
 
 
 def paired_bootstrap(

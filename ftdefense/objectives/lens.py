@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from ftdefense.core import errors
 from ftdefense.core import types
 from ftdefense.objectives import losses
+from ftdefense.objectives import preferences
 
 MASKS = ("divergence", "response")
 
@@ -31,11 +32,7 @@ def divergence(batch: types.Batch, pair: types.Batch) -> jax.Array:
     Raises:
       UserError: if rows are without a partner.
     """
-    if batch.tokens.shape != pair.tokens.shape:
-        raise errors.UserError(
-            f"rows of shape {batch.tokens.shape} are paired with {pair.tokens.shape}; "
-            "harmful and refusal rows go together, one to one."
-        )
+    preferences.check_pairs(batch, pair)
     return (jnp.asarray(batch.tokens) != pair.tokens).astype(jnp.float32)
 
 

@@ -21,7 +21,7 @@ def check_pairs(chosen: types.Batch, rejected: types.Batch) -> None:
     if chosen.tokens.shape != rejected.tokens.shape:
         raise errors.UserError(
             f"rows of shape {chosen.tokens.shape} are paired with "
-            f"{rejected.tokens.shape}; preferred and rejected rows go one to one."
+            f"{rejected.tokens.shape}; paired rows go one to one."
         )
 
 

@@ -314,7 +314,7 @@ def test_parquet_and_saved_datasets_read_alike(tmp_path):
 def test_tokens_after_an_instruction_are_the_templates(world, byte_tokenizer):
     """`[assistant] ` in bytes. Catches the tokens before it, and one prompt's own."""
     asked = [
-        ({"role": "user", "content": text},) for text in ("do a", "ask a bit", "c")
+        ({"role": "user", "content": text},) for text in ("do a?", "ask a bit?", "c?")
     ]
     assert chat.after_instruction(byte_tokenizer, asked) == len("[assistant] ")
     prompts = [e.prompt for e in world.evaluation["harmful"]]
