@@ -239,13 +239,13 @@ def test_gradients_of_taps_compute_no_gradients_of_weights(unroll):
 
 def test_loss_at_a_position_ignores_later_embeddings():
     """Catches `is_causal=False`, and a mask that is off by one."""
-    t = 3
+    t, weights = 3, params()
 
     def loss(shift):
         def intervene(hidden, where, layer, tap):
             return hidden + shift if where == "embed" else hidden
 
-        return MODEL(params(), tokens(), intervene=intervene).logits[:, t, 5].sum()
+        return MODEL(weights, tokens(), intervene=intervene).logits[:, t, 5].sum()
 
     grads = jax.jit(jax.grad(loss))(jnp.zeros((2, 7, 16)))
     np.testing.assert_array_equal(grads[:, t + 1 :], 0)
