@@ -3,8 +3,9 @@
 import os
 
 # Programs here run once on almost nothing: most of a test's time is compilation, which
-# XLA's older emitters do in a third of the time. Child processes inherit both.
+# XLA's older emitters do in a third of the time. Child processes inherit all of it.
 LIGHT = "--xla_cpu_use_fusion_emitters=false"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{LIGHT} {os.environ.get('XLA_FLAGS', '')}"
 
@@ -17,7 +18,6 @@ from ftdefense.models import toy
 from ftdefense.models import transformer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_disable_most_optimizations", True)
 
 
 def batch(seed: int, rows: int = 4, length: int = 6, vocab: int = 11) -> types.Batch:
@@ -28,6 +28,10 @@ def batch(seed: int, rows: int = 4, length: int = 6, vocab: int = 11) -> types.B
     weights[:, :2] = 0
     weights[:, -1] = 0
     return types.Batch(tokens, weights)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,7 +10,6 @@ from ftdefense.models import transformer
 
 from ..data.data_test import pairs
 from ..data.data_test import write
-from .command_line_test import call
 
 
 @pytest.fixture
@@ -44,7 +43,7 @@ def flags(tmp_path, folder, *more):
     ]
 
 
-def test_runs_end_to_end(tmp_path, folder):
+def test_runs_end_to_end(call, tmp_path, folder):
     """Catches a step of the main job that works on the sandbox alone."""
     done = call(
         "run.py",
@@ -63,7 +62,7 @@ def test_runs_end_to_end(tmp_path, folder):
     assert (tmp_path / "w" / "report.html").stat().st_size > 10_000
 
 
-def test_lox_without_its_weights_says_which_flag(tmp_path, folder):
+def test_lox_without_its_weights_says_which_flag(call, tmp_path, folder):
     """Catches a failure after training, and one that names no flag."""
     done = call(
         "run.py",

@@ -11,7 +11,7 @@ from ftdefense.core import registry
 
 from ..conftest import LIGHT
 
-PARTS = 4
+PARTS = 2
 PROGRAM = """
 import math, sys
 import jax, jax.numpy as jnp, numpy as np
@@ -21,7 +21,6 @@ from ftdefense.models import sharding, transformer
 from ftdefense.training import loop
 
 jax.config.update("jax_enable_x64", True)
-jax.config.update("jax_disable_most_optimizations", True)
 assert len(jax.devices()) == 8
 model = transformer.LanguageModel(
     transformer.ModelConfig(
@@ -38,6 +37,8 @@ aligned = tree.add_scale(first, 0.1, wide(0))
 params = tree.add_scale(aligned, 0.1, wide(2))
 lineage = types.Lineage(params, aligned, first)
 FEW = {"block_steps": 1, "attack_steps": 2, "defend_steps": 2, "inner_steps": 4}
+# AntiDote writes a patch for each of these: two are compiled in a third of the time.
+TARGETS = {"antidote": ("q", "down")}
 # The model computes in float32, whose rounding CLAMP differentiates through its steps.
 LIMITS = {"clamp": 3e-5}
 
@@ -56,6 +57,8 @@ for name in sys.argv[1:]:
         changes = {"kind": "sgd", "schedule": constant, "learning_rate": 1.0}
         hp = hp.replace(optimizer=hp.optimizer.replace(**changes))
     hp = hp.replace(**{k: min(v, getattr(hp, k)) for k, v in FEW.items() if hasattr(hp, k)})
+    if name in TARGETS:
+        hp = hp.replace(targets=TARGETS[name])
     roles = method.streams(hp)
     keys = jax.random.split(jax.random.key(2), len(roles) + 1)
     batches = {role: batch(k, lead) for (role, lead), k in zip(roles.items(), keys)}
@@ -77,6 +80,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 def test_a_sharded_step_equals_that_of_one_device(part):
     """1e-5 of a step of length 1. Catches a norm or a mean over one device's part of a tree."""
