@@ -1,6 +1,7 @@
 """What every test runs under: CPU, strict ranks, tiny batches."""
 
 import os
+import resource
 
 # Programs here run once on almost nothing: most of a test's time is compilation, which
 # XLA's older emitters do in a third of the time. Child processes inherit all of it.
@@ -18,6 +19,8 @@ from ftdefense.models import toy
 from ftdefense.models import transformer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Again, for where a plugin has imported JAX before.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 def batch(seed: int, rows: int = 4, length: int = 6, vocab: int = 11) -> types.Batch:
@@ -36,9 +39,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs():
-    """Compiled programs of a finished module would fill gigabytes."""
+    """Compiled programs of finished modules are kept until they have filled 3 GiB."""
     yield
-    jax.clear_caches()
+    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 3 * 2**20:
+        jax.clear_caches()
 
 
 @pytest.fixture

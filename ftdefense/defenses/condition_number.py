@@ -106,6 +106,7 @@ def direction(ctx, params, batches, rng):
             functools.partial(featured, params), harmful, hp.microbatches, rng_harmful
         )
         f = losses.average(total, weight)
+        kept, hurt = conditioning.spectrum(kept), conditioning.spectrum(hurt)
         well, ill = conditioning.well(kept), conditioning.ill(hurt)
         metrics = {
             "loss/retain": f,

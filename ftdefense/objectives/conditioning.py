@@ -4,6 +4,8 @@ Source: Zheng et al. 2025, arXiv:2505.23760; code read at
 amberyzheng/model-immunization-cond-num b749964 (specs: perturbation_and_meta 4.4).
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -38,11 +40,25 @@ def largest(gram_DxD: jax.Array) -> jax.Array:
     return _eigh(gram_DxD)[0][-1]
 
 
-def extremes(gram_DxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(largest, smallest positive) singular value.
+class Spectrum(NamedTuple):
+    """What is asked of singular values: of one decomposition, which costs the most.
 
-    Their gradients are v v' of their singular vectors: finite where values coincide,
-    which those of all eigenvectors are not.
+    Attributes:
+      largest: s_1.
+      smallest: the last that is positive.
+      mean_square: ||S||_F^2 / D.
+    """
+
+    largest: jax.Array
+    smallest: jax.Array
+    mean_square: jax.Array
+
+
+def spectrum(gram_DxD: jax.Array) -> Spectrum:
+    """Of a symmetric matrix without negative eigenvalues.
+
+    The gradients of its ends are v v' of their singular vectors: finite where values
+    coincide, which those of all eigenvectors are not.
     """
     values_D, vectors_DxD = _eigh(jax.lax.stop_gradient(gram_DxD))
     positive = jnp.argmax(values_D > 0)
@@ -50,33 +66,30 @@ def extremes(gram_DxD: jax.Array) -> tuple[jax.Array, jax.Array]:
     def value(vector_D):
         return vector_D @ gram_DxD @ vector_D + _JITTER
 
-    return value(vectors_DxD[:, -1]), value(jnp.take(vectors_DxD, positive, axis=1))
+    return Spectrum(
+        value(vectors_DxD[:, -1]),
+        value(jnp.take(vectors_DxD, positive, axis=1)),
+        jnp.sum(jnp.square(gram_DxD)) / gram_DxD.shape[0],
+    )
 
 
-def well(gram_DxD: jax.Array) -> jax.Array:
+def well(s: Spectrum) -> jax.Array:
     """`s_max^2 / 2 - ||S||_F^2 / (2 D)`: zero iff all singular values are equal."""
-    largest, _ = extremes(gram_DxD)
-    return jnp.square(largest) / 2 - _mean_square(gram_DxD) / 2
+    return jnp.square(s.largest) / 2 - s.mean_square / 2
 
 
-def ill(gram_DxD: jax.Array) -> jax.Array:
+def ill(s: Spectrum) -> jax.Array:
     """`1 / (||S||_F^2 / (2 D) - s_min^2 / 2)`: falls as singular values grow apart."""
-    _, smallest = extremes(gram_DxD)
-    gap = _mean_square(gram_DxD) / 2 - jnp.square(smallest) / 2
+    gap = s.mean_square / 2 - jnp.square(s.smallest) / 2
     return 1 / jnp.maximum(gap, _FLOOR)
 
 
-def log_condition(gram_DxD: jax.Array) -> jax.Array:
+def log_condition(s: Spectrum) -> jax.Array:
     """Logarithm of the condition number."""
-    largest, smallest = extremes(gram_DxD)
-    return jnp.log(largest) - jnp.log(jnp.maximum(smallest, _JITTER))
+    return jnp.log(s.largest) - jnp.log(jnp.maximum(s.smallest, _JITTER))
 
 
 def subspace(width: int, count: int, seed: int | jax.Array = 0) -> jax.Array:
     """`count` random orthonormal directions [D, C]."""
     key = jax.random.key(seed)
     return jnp.linalg.qr(jax.random.normal(key, (width, count), jnp.float32))[0]
-
-
-def _mean_square(gram_DxD: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(gram_DxD)) / gram_DxD.shape[0]

@@ -1,5 +1,7 @@
 """What the defenses' tests share: the toy in float64, and gradients to compare with."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,18 +35,22 @@ def context(hp, step=0, steps: int = 0) -> types.Context:
 
 
 def directed(module, hp, data, *memory, step=0, steps=0, weights=None):
-    """What `module.direction` returns at `weights`, compiled."""
+    """What `module.direction` returns at `weights`, compiled; numbers are traced."""
+    weights = params() if weights is None else weights
+    return _directed(module, hp, params(), weights, data, memory, step, steps)
 
-    def run(weights, data, memory):
-        ctx = context(hp, step, steps)
-        return module.direction(ctx, weights, data, KEY, *memory)
 
-    return jax.jit(run)(params() if weights is None else weights, data, memory)
+@functools.partial(jax.jit, static_argnames=("module", "steps"))
+def _directed(module, hp, base, weights, data, memory, step, steps):
+    ctx = lift.context(MODEL, types.Lineage(base), hp, step)._replace(steps=steps)
+    return module.direction(ctx, weights, data, KEY, *memory)
 
 
 def sft_gradient(data: types.Batch, weights=None) -> types.Params:
-    loss = losses.next_token(MODEL)
-    return jax.jit(jax.grad(loss))(params() if weights is None else weights, data)
+    return _sft_gradient(params() if weights is None else weights, data)
+
+
+_sft_gradient = jax.jit(jax.grad(losses.next_token(MODEL)))
 
 
 def quadratic(w, center, rng=None):
