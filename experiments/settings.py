@@ -14,6 +14,7 @@ from absl import flags
 from absl import logging
 import jax
 
+from ftdefense.core import cards
 from ftdefense.core import config
 from ftdefense.core import errors
 from ftdefense.core import registry
@@ -340,7 +341,24 @@ def chosen(runner: pipeline.Bench, package: str, asked: Sequence[str]) -> list[C
         name, _, preset = reference.partition(":")
         plan = runner.plan(package, name, preset or None)
         found.append(Chosen(reference, name, plan, f"{name}:{preset or 'sandbox'}"))
+    if package == "defenses" and runner.model.config.compute_dtype == "bfloat16":
+        _warn_of_rounding([c.name for c in found])
     return overridden(package.removesuffix("s"), found)
+
+
+def _warn_of_rounding(names: Sequence[str]) -> None:
+    ahead = [
+        name
+        for name in dict.fromkeys(names)
+        if "T3" in cards.card(registry.load("defenses", name)).get("Template", "")
+    ]
+    # Processes of --jobs have been warned by the one that started them.
+    if ahead and not FLAGS.get_flag_value("share", ""):
+        print(
+            f"warning: {', '.join(ahead)} compare losses or gradients a small step "
+            "apart, which bfloat16 may round away; train with --compute_dtype=float32.",
+            file=sys.stderr,
+        )
 
 
 def overridden(side: str, found: list[Chosen]) -> list[Chosen]:

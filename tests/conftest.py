@@ -1,6 +1,8 @@
 """What every test runs under: CPU, strict ranks, tiny batches."""
 
+import math
 import os
+import pathlib
 import resource
 
 # Programs here run once on almost nothing: most of a test's time is compilation, which
@@ -41,7 +43,11 @@ def pytest_collection_modifyitems(items):
 def _forget_programs():
     """Compiled programs of finished modules are kept until they have filled 3 GiB."""
     yield
-    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 3 * 2**20:
+    try:
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    except FileNotFoundError:  # Not on Linux.
+        pages = math.inf
+    if pages * resource.getpagesize() > 3 * 2**30:
         jax.clear_caches()
 
 

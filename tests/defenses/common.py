@@ -17,9 +17,10 @@ KEY = jax.random.key(0)
 
 
 def params(seed: int = 3) -> types.Params:
-    return jax.tree.map(
-        lambda x: jnp.asarray(x, jnp.float64), MODEL.init(jax.random.key(seed))
-    )
+    with jax.ensure_compile_time_eval():  # Numbers, also where a test is traced.
+        return jax.tree.map(
+            lambda x: jnp.asarray(x, jnp.float64), MODEL.init(jax.random.key(seed))
+        )
 
 
 def lineage() -> types.Lineage:
