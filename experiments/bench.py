@@ -3,13 +3,15 @@
   python experiments/bench.py --workdir=runs/bench
 
 Every ratio is the median over rounds in which its two sides ran one after the other,
-so that a busy machine slows both. The target is 1.1 x the forward-backward passes that a
-method's docstring counts, a backward counting as two forwards.
+so that a busy machine slows both, on batches of the size that the defense takes. The
+target is 1.1 x the forward-backward passes that a method's docstring counts, a backward
+counting as two forwards.
 """
 
 from collections.abc import Callable
 from collections.abc import Mapping
 import json
+import math
 import re
 import statistics
 import sys
@@ -45,11 +47,16 @@ INNER_LOOPS = ("inner_steps", "attack_steps", "block_steps")
 
 
 def cost(
-    name: str, hp: types.Hparams, drawn: Mapping[str, float], length: int
+    name: str,
+    hp: types.Hparams,
+    drawn: Mapping[str, float],
+    length: int,
+    readouts: float,
 ) -> tuple[float, float]:
     """(forwards, backwards) of one step: as the docstring's Cost says of these numbers.
 
-    `drawn` holds the metrics of the measured steps, averaged; `length` is a row's.
+    `drawn` holds the metrics of the measured steps, averaged; `length` is a row's;
+    `readouts` are those of all hidden states, in forwards.
 
     A forward of three rows for each row of a batch counts as three, one of rows twice as
     long as two, and what is differentiated again as one forward and two backwards more,
@@ -71,7 +78,10 @@ def cost(
             2 * hp.defend_steps + hp.attack_steps,
             2 * hp.defend_steps + hp.attack_steps,
         ),
-        "repnoise": lambda: (3, 3) if hp.rehearse else (2, 2),
+        "repnoise": lambda: (
+            2 + hp.rehearse + 2 * readouts,
+            2 + hp.rehearse + readouts,
+        ),
         "seam": lambda: (8, 8) if hp.exact else (6, 6),
         "tar": lambda: (k + k // hp.every + 2, k + k // hp.every + 1),
         "unlearn_smooth": lambda: (4, 3),  # npo with sam
@@ -87,10 +97,26 @@ def cost(
     return tuple(map(float, found.groups()))
 
 
+def of_all_states(model: types.Model) -> float:
+    """Cost of N + 1 readouts over a forward's, by the kernels that both multiply."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    inner = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["layers"]))
+    head = model.config.vocab_size * model.config.width
+    return (model.config.layers + 1) * head / (inner + head)
+
+
 def stepper(
-    bench, package: str, name: str, members: int = 0, steps: int = STEPS
+    bench,
+    package: str,
+    name: str,
+    members: int = 0,
+    steps: int = STEPS,
+    rows: int = 0,
 ) -> Callable[[], dict[str, float]]:
-    """A function that runs a warm chunk of `steps` steps and tells its mean metrics."""
+    """A function that runs a warm chunk of `steps` steps and tells its mean metrics.
+
+    Batches have `rows` rows; at 0 as many as the alignment's, or an attack's.
+    """
     method = registry.method(package, name, bench.model)
     plan = bench.plan(package, name)
     pools = bench.world.defender if package == "defenses" else bench.world.attacker
@@ -102,7 +128,9 @@ def stepper(
         bench.defaults.alignment if package == "defenses" else bench.defaults.attack
     )
     batches = {
-        role: streams.Stream(pools[role], budget.batch_size, shape, 0).chunk(0, steps)
+        role: streams.Stream(pools[role], rows or budget.batch_size, shape, 0).chunk(
+            0, steps
+        )
         for role, shape in method.streams(plan.hp).items()
     }
     params = jax.jit(bench.model.init)(jax.random.key(0))
@@ -208,19 +236,23 @@ def trials(bench) -> list[dict]:
 def main() -> None:
     bench = settings.bench()
     bench_rows = []
-    below: dict[int, Callable[[], None]] = {}
+    below: dict[tuple[int, int], Callable[[], None]] = {}
+    readouts = of_all_states(bench.model)
     for name in settings.references("defenses", FLAGS.defenses):
-        hp = bench.plan("defenses", name).hp
+        plan = bench.plan("defenses", name)
+        hp, rows = plan.hp, plan.batch_size
         if not registry.method("defenses", name, bench.model).streams(hp):
             continue  # An edit: no step.
         turns = max(getattr(hp, loop, 0) for loop in INNER_LOOPS)
         steps = STEPS if turns < 4 else 2
-        run = stepper(bench, "defenses", name, steps=steps)
-        forwards, backwards = cost(name, hp, run(), bench.world.length)
+        run = stepper(bench, "defenses", name, steps=steps, rows=rows)
+        forwards, backwards = cost(name, hp, run(), bench.world.length, readouts)
         passes = (forwards + 2 * backwards) / 3  # A backward costs two forwards.
-        if steps not in below:
-            below[steps] = stepper(bench, "defenses", "none", steps=steps)
-        value, taken = ratio(run, below[steps])
+        if (steps, rows) not in below:
+            below[steps, rows] = stepper(
+                bench, "defenses", "none", steps=steps, rows=rows
+            )
+        value, taken = ratio(run, below[steps, rows])
         bound = 2.0 if name in ("vaccine", "t_vaccine") else 1.1 * passes
         bench_rows.append(
             {

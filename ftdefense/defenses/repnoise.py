@@ -19,7 +19,7 @@ Differs      mask = "response" is the durability paper's correction (answer weig
              real tokens noised). `rehearse` adds SFT on benign rows, which a small model
              needs. Without a target a term is 0, not NaN.
 Reduces to   SFT on the refusals (under the mask) at alpha = beta = 0.
-Cost         2 forwards, 2 backwards; 2 (N + 1) readouts more; 3, 3 with `rehearse`.
+Cost         2 forwards, 2 backwards (3, 3 with `rehearse`); of N + 1 readouts 2, 1.
 """
 
 from flax import struct
