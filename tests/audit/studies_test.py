@@ -105,19 +105,24 @@ def test_what_a_dead_worker_was_trying_is_tried_again(tmp_path):
     assert study.ask(1)[0].values == point
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What a study of 20 trials asks for, and its rows, when nobody kills it."""
+    study = studies.Study("x", storage(tmp_path_factory.mktemp("whole")), SPACE)
+    return answer(study, 20), study.rows()
+
+
 @pytest.mark.parametrize(("asked", "told"), [(2, 0), (4, 0), (4, 1), (4, 3)])
 def test_a_company_that_was_killed_is_asked_for_again_whole(
-    tmp_path, monkeypatch, asked, told
+    tmp_path, monkeypatch, whole, asked, told
 ):
     """Killed while it is asked for, or told.
 
     Catches another sample for one that failed, a company of what is left, the row of
     a trial that was not told, and rows numbered by their tries.
     """
-    whole = studies.Study("x", storage(tmp_path), SPACE)
-    wanted = answer(whole, 20)
-    other = storage(tmp_path).replace("studies.db", "other.db")
-    study = studies.Study("x", other, SPACE)
+    wanted, rows = whole
+    study = studies.Study("x", storage(tmp_path), SPACE)
     answer(study, 12)
     with monkeypatch.context() as dead:
         dead.setattr(studies, "_WORKER", f"{socket.gethostname()}:0")
@@ -138,9 +143,9 @@ def test_a_company_that_was_killed_is_asked_for_again_whole(
             company[told].handle.set_user_attr("row", {"harmful_score": 1.0})
     monkeypatch.setattr(studies, "_alive", lambda pid: pid != 0)
     monkeypatch.setattr(studies, "_TO_SIGN", datetime.timedelta(0))
-    again = studies.Study("x", other, SPACE)
+    again = studies.Study("x", storage(tmp_path), SPACE)
     assert answer(again, 20) == wanted[3:]
-    assert again.rows() == whole.rows()
+    assert again.rows() == rows
     assert [row["trial"] for row in again.rows()] == [*range(20)]
 
 
