@@ -1,9 +1,6 @@
 """What every test runs under: CPU, strict ranks, tiny batches."""
 
-import math
 import os
-import pathlib
-import resource
 
 # Programs here run once on almost nothing: most of a test's time is compilation, which
 # XLA's older emitters do in a third of the time. Child processes inherit all of it.
@@ -41,14 +38,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs():
-    """Compiled programs of finished modules are kept until they have filled 3 GiB."""
+    """Compiled programs of a finished module would fill gigabytes."""
     yield
-    try:
-        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-    except FileNotFoundError:  # Not on Linux.
-        pages = math.inf
-    if pages * resource.getpagesize() > 3 * 2**30:
-        jax.clear_caches()
+    jax.clear_caches()
 
 
 @pytest.fixture
