@@ -12,6 +12,7 @@ import operator
 import sys
 
 from absl import flags
+import choices
 import settings
 
 from ftdefense.core import config
@@ -43,7 +44,7 @@ def main() -> None:
     settings.claim(settings.workdir(), resolved | {"data": bench.world.hashes()})
     before, after = {}, {}
     for control in ("none", "never"):
-        (defense,) = settings.chosen(bench, "defenses", [control])
+        (defense,) = choices.chosen(bench, "defenses", [control])
         (release,) = bench.defended(control, defense.plan, (seed,))
         before[control] = evaluate(types.Release(release.params)).row()
         attack = bench.plan("attacks", "sft")

@@ -9,6 +9,7 @@ are averaged over, and writes arms.jsonl.
 """
 
 from absl import flags
+import choices
 import settings
 
 from ftdefense.audit import arms
@@ -35,7 +36,7 @@ SCORES = {
 def against(
     bench: pipeline.Bench,
     evaluate: suite.Evaluator,
-    defense: settings.Chosen,
+    defense: choices.Chosen,
     seed: int,
 ) -> list[dict]:
     """A row for every arm against one release."""
@@ -66,7 +67,7 @@ def against(
 def main() -> None:
     workdir, seeds = settings.workdir(), settings.seeds()
     bench = settings.bench()
-    defenses = settings.chosen(bench, "defenses", FLAGS.defense)
+    defenses = choices.chosen(bench, "defenses", FLAGS.defense)
     for defense in defenses:
         bench.check(defense.name, defense.plan)
     settings.claim(

@@ -17,6 +17,7 @@ from typing import Any
 
 from absl import flags
 import cells
+import choices
 import jax
 import settings
 import subjects
@@ -238,7 +239,7 @@ def confirm(
             audited.defense,
             audited.stages,
             audited.before,
-            settings.Chosen(name, module, plan, f"{module} {winners[name]['values']}"),
+            choices.Chosen(name, module, plan, f"{module} {winners[name]['values']}"),
             seeds,
         )
         tried = len(found.rows[name])  # Part of the budget: the best of so many.
@@ -271,7 +272,7 @@ def horizon(
                 one.defense,
                 one.stages[:1],
                 one.before[:1],
-                settings.Chosen("horizon", "sft", plan, f"sft {steps} x{factor:g}"),
+                choices.Chosen("horizon", "sft", plan, f"sft {steps} x{factor:g}"),
                 (seed,),
             )
         )

@@ -18,6 +18,7 @@ import sys
 import time
 
 from absl import flags
+import choices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -238,7 +239,7 @@ def main() -> None:
     bench_rows = []
     below: dict[tuple[int, int], Callable[[], None]] = {}
     readouts = of_all_states(bench.model)
-    for name in settings.references("defenses", FLAGS.defenses):
+    for name in choices.references("defenses", FLAGS.defenses):
         plan = bench.plan("defenses", name)
         hp, rows = plan.hp, plan.batch_size
         if not registry.method("defenses", name, bench.model).streams(hp):

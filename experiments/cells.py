@@ -7,7 +7,7 @@ import functools
 import json
 from typing import Any
 
-import settings
+import choices
 import threats
 
 from ftdefense.core import registry
@@ -44,7 +44,7 @@ class Cells:
         self.generations: list[dict[str, Any]] = []
 
     def defend(
-        self, defense: settings.Chosen, seeds: tuple[int, ...]
+        self, defense: choices.Chosen, seeds: tuple[int, ...]
     ) -> tuple[list[stages.Stage], list[Row]]:
         """The releases, and their rows before any attack.
 
@@ -88,10 +88,10 @@ class Cells:
 
     def attack(
         self,
-        defense: settings.Chosen,
+        defense: choices.Chosen,
         releases: list[stages.Stage],
         before: list[Row],
-        attack: settings.Chosen,
+        attack: choices.Chosen,
         seeds: tuple[int, ...],
     ) -> list[Row]:
         """Rows along an attack, and the one after it, of each seed."""

@@ -13,6 +13,7 @@ import sys
 
 from absl import flags
 import cells
+import choices
 import jax
 import report
 import settings
@@ -68,11 +69,11 @@ flags.DEFINE_string("share", "", "Set by --jobs for its processes: i/n.")
 def main() -> None:
     workdir = settings.workdir()
     seeds = settings.seeds()
-    settings.references("defenses", FLAGS.defense)  # Names are checked before weights
-    settings.references("attacks", FLAGS.attack)  # and data are read.
+    choices.references("defenses", FLAGS.defense)  # Names are checked before weights
+    choices.references("attacks", FLAGS.attack)  # and data are read.
     bench = settings.bench()
-    chosen = settings.chosen(bench, "defenses", fitting(FLAGS.defense))
-    pairs = settings.per_defense(bench, chosen, FLAGS.attack)
+    chosen = choices.chosen(bench, "defenses", fitting(FLAGS.defense))
+    pairs = choices.per_defense(bench, chosen, FLAGS.attack)
     for defense, attacks in pairs:
         threats.threat(defense.name, FLAGS.threat)
         bench.check(defense.name, defense.plan)
@@ -137,13 +138,13 @@ def fitting(asked: list[str]) -> list[str]:
     """`all` stands for every defense that the threat model has a place for."""
     if list(asked) != ["all"]:
         return asked
-    names = settings.references("defenses", ["all"])
+    names = choices.references("defenses", ["all"])
     return [name for name in names if threats.fits(name, FLAGS.threat)]
 
 
 def run(
     runner: cells.Cells,
-    pairs: list[tuple[settings.Chosen, list[settings.Chosen]]],
+    pairs: list[tuple[choices.Chosen, list[choices.Chosen]]],
     companies: list[tuple[int, ...]],
 ) -> list[dict]:
     """Rows of every cell, with their flags.

@@ -1,9 +1,8 @@
-"""Flags that every script shares, and what they stand for: world, model, plans."""
+"""Flags that every script shares, and what they stand for: folders, world, model."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
-import itertools
 import json
 import pathlib
 import sys
@@ -14,16 +13,12 @@ from absl import flags
 from absl import logging
 import jax
 
-from ftdefense.core import cards
-from ftdefense.core import config
 from ftdefense.core import errors
-from ftdefense.core import registry
 from ftdefense.data import chat
 from ftdefense.data import files
 from ftdefense.data import own
 from ftdefense.data import sandbox
 from ftdefense.evaluation import forgetting
-from ftdefense.methods import plans
 from ftdefense.models import huggingface
 from ftdefense.models import sharding
 from ftdefense.training import budgets
@@ -262,146 +257,3 @@ def _own_bench() -> pipeline.Bench:
         together=FLAGS.vmap_seeds,
         placement=_placement(),
     )
-
-
-def references(package: str, asked: Sequence[str]) -> list[str]:
-    """`name` or `name:preset` of each; `all` stands for every method of the package."""
-    if list(asked) == ["all"]:
-        return registry.names(package)
-    for reference in asked:
-        if (package, reference) != ("attacks", NAIVE):
-            registry.load(package, reference.partition(":")[0])
-    return list(dict.fromkeys(asked))
-
-
-@dataclasses.dataclass(frozen=True)
-class Chosen:
-    """A method with its plan, under the name that results carry.
-
-    `recipe` is the `name:preset` that ran, which `naive` leaves open.
-    """
-
-    reference: str
-    name: str
-    plan: plans.Plan
-    recipe: str = ""
-
-
-NAIVE = "naive"  # Stands for the attack that each defense was published against.
-
-
-def naive(runner: pipeline.Bench, defense: str) -> Chosen:
-    """The naive attack of one defense: its published recipe, or plain `sft`.
-
-    In the sandbox it is the published recipe at the sandbox's scale (`attacks/sft.py`).
-    """
-    presets = registry.load("attacks", "sft").PRESETS
-    scaled = "_sandbox" if runner.world.pretraining else ""
-    preset = f"{defense}{scaled}"
-    preset = preset if preset in presets else "sandbox"
-    return Chosen(NAIVE, "sft", presets[preset], f"sft:{preset}")
-
-
-def per_defense(
-    runner: pipeline.Bench, defenses: Sequence[Chosen], attacks: Sequence[str]
-) -> list[tuple[Chosen, list[Chosen]]]:
-    """Every defense with its attacks; `naive` is resolved for each.
-
-    The undefended model is put through every naive recipe of the run: one that does not
-    break it says nothing of the others.
-    """
-    fixed = chosen(runner, "attacks", [a for a in attacks if a != NAIVE])
-    if NAIVE not in attacks:
-        return [(defense, fixed) for defense in defenses]
-    recipes = {d.name: naive(runner, d.name) for d in defenses}
-    distinct = {c.recipe: c for c in recipes.values()}
-    found = []
-    for defense in defenses:
-        own = [recipes[defense.name]]
-        if defense.name == "none":
-            others = {r: c for r, c in distinct.items() if r != own[0].recipe}
-            own += [
-                dataclasses.replace(c, reference=recipe)
-                for recipe, c in sorted(others.items())
-            ]
-        found.append((defense, [*overridden("attack", own), *fixed]))
-    return found
-
-
-def chosen(runner: pipeline.Bench, package: str, asked: Sequence[str]) -> list[Chosen]:
-    """Methods of `name` or `name:preset` each, with the --set overrides applied.
-
-    `defense.` and `attack.` reach every method of a side that has the field.
-
-    Raises:
-      UserError: for an override that begins with no method, or reaches none.
-    """
-    found = []
-    for reference in references(package, asked):
-        name, _, preset = reference.partition(":")
-        plan = runner.plan(package, name, preset or None)
-        found.append(Chosen(reference, name, plan, f"{name}:{preset or 'sandbox'}"))
-    if package == "defenses" and runner.model.config.compute_dtype == "bfloat16":
-        _warn_of_rounding([c.name for c in found])
-    return overridden(package.removesuffix("s"), found)
-
-
-def _warn_of_rounding(names: Sequence[str]) -> None:
-    ahead = [
-        name
-        for name in dict.fromkeys(names)
-        if "T3" in cards.card(registry.load("defenses", name)).get("Template", "")
-    ]
-    # Processes of --jobs have been warned by the one that started them.
-    if ahead and not FLAGS.get_flag_value("share", ""):
-        print(
-            f"warning: {', '.join(ahead)} compare losses or gradients a small step "
-            "apart, which bfloat16 may round away; train with --compute_dtype=float32.",
-            file=sys.stderr,
-        )
-
-
-def overridden(side: str, found: list[Chosen]) -> list[Chosen]:
-    """Applies the --set overrides that are meant for these methods."""
-    known = {"defense", "attack"}
-    known |= {*registry.names("defenses"), *registry.names("attacks")}
-    for assignment in FLAGS.set:
-        target, _, rest = assignment.partition(".")
-        if target not in known or not rest:
-            raise errors.UserError(
-                f"--set={assignment}: it begins with defense., attack. or a method's "
-                f"name; {errors.unknown('method', target, known)}"
-            )
-        meant = [c for c in found if target in (side, c.name)]
-        # Of a whole side some may lack the field, but not all of them.
-        lacking = [c for c in meant if not config.has_field(c.plan, rest)]
-        if lacking and len(lacking) == len(meant):
-            config.override_plan(lacking[0].plan, rest)
-        found = [
-            dataclasses.replace(c, plan=config.override_plan(c.plan, rest))
-            if c in meant and c not in lacking
-            else c
-            for c in found
-        ]
-    return found
-
-
-def combinations(
-    plan: plans.Plan, axes: Sequence[str], flag: str
-) -> list[tuple[dict[str, str], plans.Plan]]:
-    """({field: value}, plan) for every combination of `field=value,value,...` axes."""
-    parsed = []
-    for axis in axes:
-        field, equals, values = axis.partition("=")
-        if not equals or not values:
-            raise errors.UserError(
-                f"--{flag}={axis}: expected field=value,value,..., as lam=0.3,1,3"
-            )
-        parsed.append([(field, value) for value in values.split(",")])
-    found = []
-    for combination in itertools.product(*parsed):
-        changed = plan
-        for field, value in combination:
-            changed = config.override_plan(changed, f"{field}={value}")
-        found.append((dict(combination), changed))
-    return found

@@ -9,6 +9,7 @@ from typing import Any
 
 from absl import flags
 import cells
+import choices
 import jax
 import settings
 import threats
@@ -57,7 +58,7 @@ class Subject:
     name: str
     stages: list[stages.Stage]
     before: list[dict[str, Any]]
-    defense: settings.Chosen
+    defense: choices.Chosen
     service: tuple[pipeline.Provider, pipeline.Edits] | None = None
 
     @property
@@ -153,7 +154,7 @@ def shape(bench: pipeline.Bench) -> dict[str, int]:
     }
 
 
-def given(bench: pipeline.Bench) -> settings.Chosen | stages.Stage:
+def given(bench: pipeline.Bench) -> choices.Chosen | stages.Stage:
     """What to audit: a defense that can be trained, or weights that are there.
 
     Raises:
@@ -161,19 +162,19 @@ def given(bench: pipeline.Bench) -> settings.Chosen | stages.Stage:
     """
     if FLAGS.checkpoint:
         return stages.given(weights(bench, pathlib.Path(FLAGS.checkpoint)))
-    (chosen,) = settings.chosen(bench, "defenses", [FLAGS.defense])
+    (chosen,) = choices.chosen(bench, "defenses", [FLAGS.defense])
     bench.check(chosen.name, chosen.plan)
     return chosen
 
 
 def audited(
-    given: settings.Chosen | stages.Stage, runner: cells.Cells, seeds: tuple[int, ...]
+    given: choices.Chosen | stages.Stage, runner: cells.Cells, seeds: tuple[int, ...]
 ) -> Subject:
     """What is audited: at `quick` one release stands for all seeds of the attacks."""
     if isinstance(given, stages.Stage):
         name = pathlib.Path(FLAGS.checkpoint).name
         before = runner.before(name, [given], seeds[:1])
-        there = settings.Chosen(name, name, plans.Plan(None))
+        there = choices.Chosen(name, name, plans.Plan(None))
         return _for_all(Subject(name, [given], before, there), seeds)
     quick = FLAGS.budget == "quick"
     one = _trained(given, runner, seeds[:1] if quick else seeds)
@@ -181,7 +182,7 @@ def audited(
 
 
 def _trained(
-    chosen: settings.Chosen, runner: cells.Cells, seeds: tuple[int, ...]
+    chosen: choices.Chosen, runner: cells.Cells, seeds: tuple[int, ...]
 ) -> Subject:
     releases, before = runner.defend(chosen, seeds)
     name = _short(chosen.reference)
@@ -234,7 +235,7 @@ def references(
         names = ("none",) if FLAGS.reference else ()
     found = []
     for name in names:
-        (chosen,) = settings.chosen(bench, "defenses", [name])
+        (chosen,) = choices.chosen(bench, "defenses", [name])
         found.append(_trained(chosen, runner, seeds[:1]))
     return found
 

@@ -10,6 +10,7 @@ sweep.csv and, for one swept field, sweep.png.
 import math
 
 from absl import flags
+import choices
 import settings
 
 from ftdefense.core import config
@@ -35,9 +36,9 @@ flags.DEFINE_multi_string(
 def main() -> None:
     workdir, seeds = settings.workdir(), settings.seeds()
     bench = settings.bench()
-    (defense,) = settings.chosen(bench, "defenses", [FLAGS.defense])
-    (attack,) = settings.chosen(bench, "attacks", [FLAGS.attack])
-    chosen = settings.combinations(attack.plan, FLAGS.sweep, "sweep")
+    (defense,) = choices.chosen(bench, "defenses", [FLAGS.defense])
+    (attack,) = choices.chosen(bench, "attacks", [FLAGS.attack])
+    chosen = choices.combinations(attack.plan, FLAGS.sweep, "sweep")
     settings.claim(
         workdir,
         {

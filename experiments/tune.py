@@ -10,6 +10,7 @@ tune.jsonl; settings that are there already are not run again.
 """
 
 from absl import flags
+import choices
 import settings
 import threats
 
@@ -65,19 +66,19 @@ GRIDS = {
 def tune(
     bench: pipeline.Bench,
     evaluate: suite.Evaluator,
-    defense: settings.Chosen,
+    defense: choices.Chosen,
     grid: list[str],
     seed: int,
 ) -> list[dict]:
     """A row for every setting: before, and after the naive attack."""
-    named = settings.combinations(defense.plan, grid, "grid")
+    named = choices.combinations(defense.plan, grid, "grid")
     (undefended,) = bench.aligned((seed,))
     floor = (
         checks.USEFUL * evaluate(types.Release(undefended.params)).row()["capability"]
     )
     members = [bench.defense_jobs(defense.name, p, (seed,))[0] for _, p in named]
     releases = together.sweep(members)
-    attack = settings.naive(bench, defense.name)
+    attack = choices.naive(bench, defense.name)
     kept = [i for i, release in enumerate(releases) if release.diverged is None]
     starts = [
         stages.Stage(releases[i].params, f"setting-{i}", None, [], {}) for i in kept
@@ -143,7 +144,7 @@ def main() -> None:
     if list(names) == ["all"]:
         names = [name for name in GRIDS if not threats.acts_in_service(name)]
     bench = settings.bench()
-    defenses = settings.chosen(bench, "defenses", names)
+    defenses = choices.chosen(bench, "defenses", names)
     for defense in defenses:
         if not (FLAGS.grid or GRIDS.get(defense.name)):
             raise errors.UserError(f"{defense.name} has no grid; give one with --grid.")
@@ -156,7 +157,7 @@ def main() -> None:
         known = {(r["defense"], r["setting"]) for r in rows}
         wanted = {
             (defense.reference, _worded(values))
-            for values, _ in settings.combinations(defense.plan, grid, "grid")
+            for values, _ in choices.combinations(defense.plan, grid, "grid")
         }
         if not wanted <= known:
             rows = [r for r in rows if (r["defense"], r["setting"]) not in wanted]

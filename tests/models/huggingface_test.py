@@ -307,7 +307,7 @@ def mistype(folder):
     edit_weights(folder, lambda t: t.update({name: np.zeros(8, np.int8)}))
 
 
-def only_pickle(folder):
+def only_bin(folder):
     (folder / huggingface.WEIGHTS).rename(folder / "pytorch_model.bin")
 
 
@@ -322,7 +322,7 @@ BROKEN = {
     "config_not_json": (write("config.json", "{"), "config.json cannot be read"),
     "config_a_list": (write("config.json", "[]"), "JSON list, not an object"),
     "no_weights": (remove("model.safetensors"), "expected model.safetensors or"),
-    "only_pickle": (only_pickle, "found only pytorch_model.bin.*save_pretrained"),
+    "only_bin": (only_bin, "found only pytorch_model.bin.*save_pretrained"),
     "truncated": (truncate, "model.safetensors is not a whole.*download it again"),
     "lfs_pointer": (write("model.safetensors", LFS), "git lfs pull"),
     "missing": (
