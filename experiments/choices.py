@@ -108,8 +108,8 @@ def _warn_of_rounding(names: Sequence[str]) -> None:
     # Processes of --jobs have been warned by the one that started them.
     if ahead and not FLAGS.get_flag_value("share", ""):
         print(
-            f"warning: {', '.join(ahead)} compare losses or gradients a small step "
-            "apart, which bfloat16 may round away; train with --compute_dtype=float32.",
+            f"warning: {', '.join(ahead)}: losses or gradients a small step apart are "
+            "compared, which bfloat16 may round away; use --compute_dtype=float32.",
             file=sys.stderr,
         )
 

@@ -83,7 +83,7 @@ def test_rounding_is_warned_of(call, tmp_path, defense, precision, warned):
     *warnings, error = done.stderr.strip().splitlines()
     assert error.startswith("error: "), done.stderr
     assert [line.split()[:2] for line in warnings] == (
-        [["warning:", "booster"]] if warned else []
+        [["warning:", "booster:"]] if warned else []
     )
 
 
