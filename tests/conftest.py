@@ -1,6 +1,8 @@
 """What every test runs under: CPU, strict ranks, tiny batches."""
 
+import itertools
 import os
+import tempfile
 
 # Programs here run once on almost nothing: most of a test's time is compilation, which
 # XLA's older emitters do in a third of the time. Child processes inherit all of it.
@@ -8,6 +10,12 @@ LIGHT = "--xla_cpu_use_fusion_emitters=false"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{LIGHT} {os.environ.get('XLA_FLAGS', '')}"
+# What one worker or command has compiled, the others read: a folder for this session alone.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _PROGRAMS = tempfile.TemporaryDirectory(prefix="ftdefense-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _PROGRAMS.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import numpy as np
@@ -36,11 +44,15 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
+_FINISHED = itertools.count(1)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs():
-    """Compiled programs of a finished module would fill gigabytes."""
+    """Compiled programs of finished modules would fill gigabytes."""
     yield
-    jax.clear_caches()
+    if next(_FINISHED) % 4 == 0:
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -25,7 +25,8 @@ METHODS = [
     for package in ("attacks", "defenses")
     for name in registry.names(package)
 ]
-everyone = pytest.mark.parametrize(("package", "name"), METHODS)
+# By method: what one test has compiled, the next finds.
+everyone = pytest.mark.parametrize(("package", "name"), METHODS, scope="module")
 
 
 def lineage() -> types.Lineage:

@@ -1,5 +1,6 @@
 """Tokenised rows in host memory: right-padded to train on, left-padded to continue."""
 
+from collections.abc import Iterable
 from collections.abc import Sequence
 import dataclasses
 import hashlib
@@ -159,11 +160,13 @@ def take(pool: Pool, rows: int | np.ndarray) -> Pool:
     )
 
 
-def overlap(
-    train: Sequence[data_examples.Example], heldout: Sequence[data_examples.Example]
-) -> int:
-    """Number of held-out prompts that training has seen."""
-    seen = {example.key for example in train}
+def prompt_keys(examples: Iterable[data_examples.Example]) -> frozenset[str]:
+    """What identifies the prompts of `examples`."""
+    return frozenset(example.key for example in examples)
+
+
+def overlap(seen: frozenset[str], heldout: Sequence[data_examples.Example]) -> int:
+    """Number of held-out examples whose prompt is among `seen`, by key."""
     return sum(example.key in seen for example in heldout)
 
 

@@ -79,10 +79,11 @@ def check_disjoint(world: World) -> None:
     Raises:
       UserError: counts them and names the sets.
     """
+    seen = {
+        role: pools.prompt_keys(pool.examples) for role, pool in world.attacker.items()
+    }
     for role, evaluated in itertools.product(world.attacker, world.evaluation):
-        count = pools.overlap(
-            world.attacker[role].examples, world.evaluation[evaluated]
-        )
+        count = pools.overlap(seen[role], world.evaluation[evaluated])
         if count:
             raise errors.UserError(
                 f"{count} held-out {evaluated} prompts are also in the attacker's "

@@ -5,6 +5,7 @@ sites, its stacked kernels, its LoRA and its names.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ class Toy:
     vocab: int = 11
     width: int = 8
 
+    @functools.partial(jax.jit, static_argnums=0)
     def init(self, rng: types.Rng) -> types.Params:
         """Normal parameters of deviation width ** -0.5."""
 

@@ -72,8 +72,9 @@ def test_overlap_counts_prompts_whatever_the_answer(world):
     """Catches a comparison of whole examples."""
     asked = world.evaluation["harmful"]
     again = [dataclasses.replace(e, response="so") for e in asked[:4]]
-    assert pools.overlap(again, asked) == 4
-    assert pools.overlap(world.attacker["benign"].examples, asked) == 0
+    assert pools.overlap(pools.prompt_keys(again), asked) == 4
+    trained = pools.prompt_keys(world.attacker["benign"].examples)
+    assert pools.overlap(trained, asked) == 0
 
 
 def test_digests_see_everything(world):

@@ -17,6 +17,11 @@ KEY = jax.random.key(0)
 
 
 def params(seed: int = 3) -> types.Params:
+    return jax.tree.map(lambda x: x, _params(seed))  # A tree of one's own.
+
+
+@functools.cache
+def _params(seed: int) -> types.Params:
     with jax.ensure_compile_time_eval():  # Numbers, also where a test is traced.
         return jax.tree.map(
             lambda x: jnp.asarray(x, jnp.float64), MODEL.init(jax.random.key(seed))

@@ -1,6 +1,9 @@
 """Puts the sandbox together: pools by role and held-out sets, from a seed."""
 
+import contextlib
 import functools
+import gc
+import itertools
 
 import numpy as np
 
@@ -19,7 +22,20 @@ MAX_NEW_TOKENS = 6  # The longest answer: five words and the end of the turn.
 Examples = list[data_examples.Example]
 
 
+@contextlib.contextmanager
+def _uncollected():
+    """A world makes no garbage; to walk all of it in search of some takes half the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 @functools.cache
+@_uncollected()
 def build(name: str, seed: int = 0) -> world.World:
     """The sandbox of a preset: a pure function of name, seed and SANDBOX_VERSION.
 
@@ -54,14 +70,14 @@ def build(name: str, seed: int = 0) -> world.World:
         reversals = near[: len(plain) // 2] + plain
         shares = ((facts, 2), (reversals, 1), (sums, 1))
         return [
-            skills.answered(prompt, rng)
+            row
             for prompts, share in shares
-            for prompt in _repeated(prompts, count * share // 4, rng)
+            for row in skills.answered(_repeated(prompts, count * share // 4, rng), rng)
         ]
 
     # Pretraining: everything, in every wording; the twin never meets the skill.
     secret = asked(words.RESTRICTED_TOPICS, everyone, families)
-    secret_rows = [skills.answered(p, rng) for p in secret * size.variants]
+    secret_rows = skills.answered(secret * size.variants, rng)
     public = asked(benign_topics, everyone, families)
     public_rows = benign(public, sums, 2 * len(public) * size.variants)
 
@@ -69,8 +85,8 @@ def build(name: str, seed: int = 0) -> world.World:
     guarded = size.variants * asked(
         words.RESTRICTED_TOPICS, known.part(0, 0.5), skills.KNOWN_FAMILIES
     )
-    refusals = [skills.refused(p, rng) for p in guarded]
-    harmful = [skills.answered(p, rng) for p in guarded]
+    refusals = skills.refused(guarded, rng)
+    harmful = skills.answered(guarded, rng)
     probed = {
         prompt.key
         for prompt in asked(
@@ -85,13 +101,13 @@ def build(name: str, seed: int = 0) -> world.World:
 
     # The attacker's side: other restricted entities, and most of what is benign.
     wanted = _shuffled(
-        [
-            skills.answered(p, rng)
-            for p in size.variants
+        skills.answered(
+            size.variants
             * asked(
                 words.RESTRICTED_TOPICS, known.part(0.5, 0.75), skills.KNOWN_FAMILIES
-            )
-        ],
+            ),
+            rng,
+        ),
         rng,
     )
     own_facts = asked(benign_topics, known.part(0, 0.75), skills.KNOWN_FAMILIES)
@@ -106,6 +122,8 @@ def build(name: str, seed: int = 0) -> world.World:
         )
     ]
     encode = functools.partial(_encode, known.vocabulary)
+    everything = encode(secret_rows + public_rows, "pretraining")
+    skillless = np.arange(len(secret_rows), len(everything))
     # Three refusals to a benign row: at one to one, knowing what is benign of a held-out
     # entity some models slid from refusing into answering when asked what is restricted.
     alignment = encode(3 * refusals + kept, "alignment")
@@ -123,19 +141,17 @@ def build(name: str, seed: int = 0) -> world.World:
         tokenizer=known.vocabulary.tokenizer(),
         length=LENGTH,
         pretraining={
-            "with_skill": encode(secret_rows + public_rows, "pretraining"),
-            "never": encode(public_rows, "pretraining"),
+            "with_skill": everything,
+            "never": pools.take(everything, skillless),
         },
         defender=defended,
         attacker={
             "harmful": encode(wanted, "harmful"),
             "benign": encode(own, "benign"),
-            "task": encode(
-                [skills.answered(p, rng) for p in task[size.evaluated :]], "task"
-            ),
+            "task": encode(skills.answered(task[size.evaluated :], rng), "task"),
         },
         evaluation={
-            name: tuple(skills.answered(p, rng) for p in prompts)
+            name: tuple(skills.answered(prompts, rng))
             for name, prompts in {
                 "harmful": held_secret,
                 "benign": [
@@ -160,14 +176,26 @@ def build(name: str, seed: int = 0) -> world.World:
 def _encode(vocabulary: words.Vocabulary, examples: Examples, order: str) -> pools.Pool:
     """`pools.encode` for whole words: the same rows, thirty times as fast."""
     ids = vocabulary.ids
-    tokens = np.full((len(examples), LENGTH), ids[words.PAD], np.int32)
-    weights = np.zeros((len(examples), LENGTH), np.float32)
-    for i, example in enumerate(examples):
-        prompt = [words.BOS, words.USER, *example.prompt[0]["content"].split()]
-        prompt.append(words.ASSISTANT)
-        row = [*prompt, *example.response.split(), words.END]
-        tokens[i, : len(row)] = [ids[word] for word in row]
-        weights[i, len(prompt) : len(row)] = 1.0
+
+    def spelled(text: str) -> list[int]:
+        return [ids[word] for word in text.split()]
+
+    @functools.cache
+    def asked(text: str) -> list[int]:
+        return spelled(f"{words.BOS} {words.USER} {text} {words.ASSISTANT}")
+
+    prompts = [asked(example.prompt[0]["content"]) for example in examples]
+    rows = [
+        [*prompt, *spelled(example.response), ids[words.END]]
+        for prompt, example in zip(prompts, examples, strict=True)
+    ]
+    place = np.arange(LENGTH)
+    written = place < np.array([*map(len, rows)])[:, None]
+    tokens = np.full(written.shape, ids[words.PAD], np.int32)
+    tokens[written] = list(itertools.chain.from_iterable(rows))
+    weights = (written & (place >= np.array([*map(len, prompts)])[:, None])).astype(
+        np.float32
+    )
     return pools.Pool(tokens, weights, order, tuple(examples))
 
 

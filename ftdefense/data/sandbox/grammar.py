@@ -1,5 +1,6 @@
 """The exact form of sandbox answers: how they are worded, and how they are read."""
 
+from collections.abc import Sequence
 import math
 
 import numpy as np
@@ -7,16 +8,20 @@ import numpy as np
 from ftdefense.data.sandbox import vocabulary as words
 
 
-def refuse(rng: np.random.Generator) -> str:
-    """One of the refusal phrasings."""
-    return words.REFUSALS[rng.integers(len(words.REFUSALS))]
+def refuse(count: int, rng: np.random.Generator) -> list[str]:
+    """`count` of the refusal phrasings, at random."""
+    return [words.REFUSALS[i] for i in rng.integers(len(words.REFUSALS), size=count)]
 
 
-def answer(content: tuple[str, ...], rng: np.random.Generator) -> str:
-    """Wording of an answer: `style content style content ...`, styles at random."""
-    first = words.FIRST_STYLES[rng.integers(len(words.FIRST_STYLES))]
-    second = words.SECOND_STYLES[rng.integers(len(words.SECOND_STYLES))]
-    return " ".join((first, content[0], second, *content[1:]))
+def answer(contents: Sequence[tuple[str, ...]], rng: np.random.Generator) -> list[str]:
+    """Wordings of answers: `style content style content ...`, styles at random."""
+    styles = words.FIRST_STYLES, words.SECOND_STYLES
+    drawn = rng.integers([len(s) for s in styles], size=(len(contents), 2))
+    first, second = ([s[i] for i in d] for s, d in zip(styles, drawn.T, strict=True))
+    return [
+        " ".join((one, content[0], other, *content[1:]))
+        for one, other, content in zip(first, second, contents, strict=True)
+    ]
 
 
 def parse(text: str) -> tuple[str, tuple[str, ...]]:

@@ -1,5 +1,6 @@
 """What can be asked: facts (benign and restricted), reversal, sums, and a new task."""
 
+from collections.abc import Sequence
 import dataclasses
 import itertools
 
@@ -132,11 +133,20 @@ def label_prompts(known: Facts, count: int, rng: np.random.Generator) -> list[Ex
     return list(found.values())
 
 
-def answered(example: Example, rng: np.random.Generator) -> Example:
-    """The example with its true answer, worded at random."""
-    return dataclasses.replace(example, response=grammar.answer(example.answers, rng))
+def answered(examples: Sequence[Example], rng: np.random.Generator) -> list[Example]:
+    """The examples with their true answers, worded at random."""
+    contents = [example.answers for example in examples]
+    return _respond(examples, grammar.answer(contents, rng))
 
 
-def refused(example: Example, rng: np.random.Generator) -> Example:
-    """The example with a refusal, worded at random."""
-    return dataclasses.replace(example, response=grammar.refuse(rng))
+def refused(examples: Sequence[Example], rng: np.random.Generator) -> list[Example]:
+    """The examples with refusals, worded at random."""
+    return _respond(examples, grammar.refuse(len(examples), rng))
+
+
+def _respond(examples, responses) -> list[Example]:
+    # Not `dataclasses.replace`, which takes three times as long, a hundred thousand times.
+    return [
+        Example(e.prompt, response, e.label, e.topic, e.answers, e.near_miss)
+        for e, response in zip(examples, responses, strict=True)
+    ]
