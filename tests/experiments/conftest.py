@@ -10,16 +10,14 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-# Imports what others have written and builds the sandboxes, once; forks itself for each
-# command, before JAX has started a thread. A child ends as the script does: with its
-# output and its status.
+# Imports what others have written, once; forks itself for each command, before JAX has
+# started a thread. A child ends as the script does: with its output and its status.
 SERVER = """
-import json, os, runpy, sys
-import datasets, jax, matplotlib.pyplot, optuna, orbax.checkpoint, scipy.special, transformers
-from ftdefense.data import sandbox
+import gc, json, os, runpy, sys
+import datasets, flax.linen, jax, matplotlib.pyplot, optax.contrib, optuna, orbax.checkpoint
+import scipy.special, transformers
 
-for preset in ("tiny", "small"):
-    sandbox.build(preset, 0)
+gc.freeze()  # A child would copy each page that its collector walks.
 for line in sys.stdin:
     job = json.loads(line)
     child = os.fork()
