@@ -4,7 +4,8 @@ Mutants:
   `hp.beta * noise - hp.alpha * ascent` -> `hp.beta * noise + hp.alpha * ascent`
   `+ hp.beta * noise` -> `- hp.beta * noise`
   `wanted = lens.targets(refusal, harmful, hp.mask)` -> `wanted = lens.targets(harmful, refusal, hp.mask)`
-  `(states_NxBxLxD, rngs))[0] / layers` -> `(states_NxBxLxD, rngs))[0]` in objectives/distances.py
+  `mmd(x_BxF, z_BxF) / layers` -> `mmd(x_BxF, z_BxF)` in objectives/distances.py
+  `(cotangent * gradient_NxBxLxD)` -> `(gradient_NxBxLxD)` in objectives/distances.py
   `all_real = hp.mask == "response"` -> `all_real = hp.mask != "response"`
   `for rows in (x_BxLxD, z_BxLxD)` -> `for rows in (x_BxLxD, x_BxLxD)` in objectives/distances.py
   `jnp.log(lens.ascent(ctx.readout, w, outputs, unwanted))` -> `lens.ascent(ctx.readout, w, outputs, unwanted)`
