@@ -2,6 +2,9 @@
 
 import itertools
 import os
+import pathlib
+import subprocess
+import sys
 import tempfile
 
 # Programs here run once on almost nothing: most of a test's time is compilation, which
@@ -39,6 +42,23 @@ def batch(seed: int, rows: int = 4, length: int = 6, vocab: int = 11) -> types.B
     weights[:, :2] = 0
     weights[:, -1] = 0
     return types.Batch(tokens, weights)
+
+
+def on_eight_devices(*arguments) -> str:
+    """What `python *arguments` prints on eight simulated devices; it has to succeed."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env={
+            **os.environ,
+            "XLA_FLAGS": f"{LIGHT} --xla_force_host_platform_device_count=8",
+            "PYTHONPATH": str(pathlib.Path(__file__).parents[1]),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    return done.stdout
 
 
 def pytest_collection_modifyitems(items):

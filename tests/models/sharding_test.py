@@ -1,10 +1,5 @@
 """Sharded over eight simulated devices, the decoder computes what it does on one."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import jax
 import optax
 import pytest
@@ -14,7 +9,7 @@ from ftdefense.methods import adapters
 from ftdefense.models import sharding
 from ftdefense.models import transformer
 
-from ..conftest import LIGHT
+from ..conftest import on_eight_devices
 
 MODEL = transformer.LanguageModel(
     transformer.ModelConfig(
@@ -114,17 +109,4 @@ def test_sharded_loss_and_gradient_equal_those_of_one_device():
     """Catches a rule that shards an axis twice, odd axes that are sharded all the
     same, and a norm or softmax over a part of its axis.
     """
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": f"{LIGHT} --xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    on_eight_devices("-c", PROGRAM)
