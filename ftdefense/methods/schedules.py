@@ -44,26 +44,19 @@ class Schedule:
         kicked = jnp.floor(self.kick_ratio * steps + _ROUNDING)
         warmup = jnp.ceil(self.warmup_ratio * steps - _ROUNDING)
         start = kicked + warmup
-        period = jnp.round(self.period * steps)
-        length = jnp.where(period > 0, period, steps - start)
-        length = jnp.maximum(length, 1)
-        elapsed = t - start
+        rising = (t - kicked + self.early) / jnp.maximum(warmup, 1)
+        value = jnp.where(t < start, rising, self._settled(t - start, steps - start))
+        return jnp.where(t < kicked, self.kick, value)
+
+    def _settled(self, elapsed: jax.Array, left: jax.Array) -> jax.Array:
+        """The decay, `elapsed` steps after its begin; `left` are those until t = T."""
+        if self.decay == "constant":  # At its peak: the floor is where a decay ends.
+            return jnp.ones_like(elapsed)
+        period = jnp.round(self.period * (elapsed.size - 1))
+        length = jnp.maximum(jnp.where(period > 0, period, left), 1)
         if self.decay == "restarts":
             elapsed = jnp.mod(elapsed, length)
         progress = jnp.clip(elapsed / length, 0, 1)
-        cosine = 0.5 * (1 + jnp.cos(jnp.pi * progress))
-        shape = {
-            "constant": jnp.ones_like(progress),
-            "linear": 1 - progress,
-            "cosine": cosine,
-            "restarts": cosine,
-        }[self.decay]
-        # A constant schedule stays at its peak: the floor is where a decay ends.
-        settled = (
-            shape
-            if self.decay == "constant"
-            else (self.floor + (1 - self.floor) * shape)
-        )
-        rising = (t - kicked + self.early) / jnp.maximum(warmup, 1)
-        value = jnp.where(t < start, rising, settled)
-        return jnp.where(t < kicked, self.kick, value)
+        linear = self.decay == "linear"
+        shape = 1 - progress if linear else 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        return self.floor + (1 - self.floor) * shape

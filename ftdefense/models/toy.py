@@ -78,6 +78,8 @@ class Toy:
         """See `transformer.LanguageModel.inputs`; of the stacked kernels only."""
         return self._run(params, tokens_BxL, lora, None, None, rng, dropout)[1]
 
+    # Inlined where it is traced; one program, not a dozen, where a test calls it.
+    @functools.partial(jax.jit, static_argnames=("self", "intervene"), inline=True)
     def _run(
         self,
         params,

@@ -70,6 +70,7 @@ def bandit(params, tokens, rng=None):
     return types.Outputs(logits, {})
 
 
+@jax.jit
 def armed(hp, theta, start, given):
     ctx = types.Context(
         None, bandit, None, hp, reference=lambda tokens: bandit(start, tokens)

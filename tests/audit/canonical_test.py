@@ -13,7 +13,7 @@ SHAPE |= {"mlp_width": 24, "max_length": 16}
 
 
 def _canonical(params):
-    return reparametrisations.canonical(params, jax.random.key(0))
+    return jax.jit(reparametrisations.canonical)(params, jax.random.key(0))
 
 
 def scrambled(params, k):
@@ -38,11 +38,12 @@ def test_the_function_stays_and_the_scales_go(tied):
     plain = model.init(jax.random.key(0))
     wild = scrambled(plain, 1e3)
     tokens = jnp.arange(12).reshape(2, 6)
-    logits = model(plain, tokens).logits
+    run = jax.jit(model)
+    logits = run(plain, tokens).logits
     one, other = _canonical(plain), _canonical(wild)
     for params in (one, other):
         np.testing.assert_allclose(
-            model(params, tokens).logits, logits, rtol=1e-3, atol=1e-3
+            run(params, tokens).logits, logits, rtol=1e-3, atol=1e-3
         )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one, other

@@ -1,5 +1,7 @@
 """Latent attacks (specs/attacks.md B.14): projections, nulls, and what decoding sees."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,14 +83,15 @@ def test_what_is_descended_is_what_decoding_sees(decoder, world, asked):
         mask = prompts.mask[i : i + 1]
         positions = np.where(mask, mask.cumsum(1) - 1, -1)
         cache = model.init_cache(1, width + len(row))
-        hooks = {"intervene": release.intervene, "taps": release.taps[:, i : i + 1]}
         tokens = prompts.tokens[i : i + 1]
-        logits, cache = model.decode(params, tokens, positions, cache, **hooks)
+        decode = jax.jit(functools.partial(model.decode, intervene=release.intervene))
+        taps = {"taps": release.taps[:, i : i + 1]}
+        logits, cache = decode(params, tokens, positions, cache, **taps)
         for t, token in enumerate(row[weights[i] > 0]):
             total -= jax.nn.log_softmax(logits[0, -1])[token]
             at = positions[:, -1:] + 1 + t
             one = np.full((1, 1), token, np.int32)
-            logits, cache = model.decode(params, one, at, cache, **hooks)
+            logits, cache = decode(params, one, at, cache, **taps)
     np.testing.assert_allclose(total / weights.sum(), values[-1], rtol=1e-4)
 
 

@@ -45,8 +45,8 @@ def test_plain_prompts_are_answered_as_before(world, found):
     """steps = 0. Catches rows in another place, and a head that says a soft token."""
     model, params = decoder(world)
     tokens = jnp.asarray(world.attacker["benign"].tokens[:4])
-    before = model(params, tokens).logits
-    after = found.model(found.params, tokens).logits
+    before = jax.jit(model)(params, tokens).logits
+    after = jax.jit(found.model)(found.params, tokens).logits
     size = before.shape[-1]
     np.testing.assert_allclose(after[..., :size], before, atol=1e-6)
     assert after.shape[-1] == size + COUNT

@@ -42,9 +42,10 @@ def float64():
 def calibrated(count=2):
     """(method, state after `count` batches)."""
     method, origin = antidote.method(toys.MODEL), toys.lineage()
+    step = jax.jit(method.step)
     state = method.init(origin, antidote.Hparams(), toys.KEY)
     for data in DATA[:count]:
-        state, _ = method.step(state, origin, {"harmful": data}, toys.KEY)
+        state, _ = step(state, origin, {"harmful": data}, toys.KEY)
     return method, state
 
 

@@ -18,7 +18,6 @@ import pytest
 from ftdefense.core import tree
 from ftdefense.core import types
 from ftdefense.defenses import constrained_sft
-from ftdefense.methods import lift
 
 from ..conftest import batch
 from . import common
@@ -120,8 +119,5 @@ def test_batch_without_answers_has_no_gradient():
     """Catches 0 / 0."""
     data = {"user": jax.tree.map(lambda x: x[:1], DATA["user"])}
     data["user"] = data["user"].replace(weights=np.zeros((1, 12), np.float32))
-    ctx = lift.context(
-        common.MODEL, types.Lineage(common.params()), constrained_sft.Hparams()
-    )
-    grads, _ = constrained_sft.direction(ctx, moved(), data, common.KEY)
+    grads, _ = run(constrained_sft.Hparams(), moved(), data)
     assert tree.norm(grads) == 0

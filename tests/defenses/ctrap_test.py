@@ -22,6 +22,7 @@ from . import common
 DATA = {"retain": batch(1), "harmful": batch(2)}
 
 
+@jax.jit
 def collapse_gradient(weights, token):
     loss = losses.next_token(common.MODEL, losses.toward(token))
     return jax.grad(loss)(weights, DATA["retain"])

@@ -76,10 +76,14 @@ def utility_gradient(weights, start, z0=None):
 
 def attacked(weights, alpha, steps):
     gradient = jax.jit(jax.grad(losses.next_token(common.MODEL)))
+
+    @jax.jit
+    def step(w, g):
+        return tree.add_scale(w, -alpha / (tree.norm(g) + 1e-7), g)
+
     for k in range(steps):
         rows = jax.tree.map(lambda x, k=k: x[k], DATA["adversary"])
-        g = gradient(weights, rows)
-        weights = tree.add_scale(weights, -alpha / (tree.norm(g) + 1e-7), g)
+        weights = step(weights, gradient(weights, rows))
     return weights
 
 

@@ -78,7 +78,8 @@ def step(hp):
     ctx = types.Context(squares, None, None, hp)
     data = {"user": jnp.array([4.0, 0.0]), "harmful": jnp.zeros(2)}
     w = jnp.array([3.0, 4.0])
-    return panacea.direction(ctx, w, data, toys.KEY, jnp.zeros(2))
+    run = jax.jit(lambda *x: panacea.direction(ctx, *x))
+    return run(w, data, toys.KEY, jnp.zeros(2))
 
 
 def test_closed_form():

@@ -10,6 +10,8 @@ Mutants:
   `hp.attack_rate, hp.attack_steps)` -> `hp.optimizer.learning_rate, hp.attack_steps)`
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,6 +119,7 @@ def test_the_attack_takes_some_rows():
     """Two of four, the first. Catches a batch that is shared whole, and steps cut."""
     data = jax.tree.map(lambda *x: jnp.stack(x), batch(1), batch(2))
 
+    @functools.partial(jax.jit, static_argnums=0)
     def vector(rows, data):
         ctx = context(plain(attack_rows=rows))
         return patcher.attack_vector(ctx, wide_params(), data, KEY)[0]
@@ -137,8 +140,9 @@ def test_nulls_are_sft_bit_for_bit(alpha, scale):
     data = {"alignment": batch(1)}
     vector = jax.tree.map(lambda x: scale * x, displaced())
     hp = patcher.Hparams(alpha=alpha)
-    grads, _ = patcher.direction(context(hp), wide_params(), data, KEY, vector)
-    sft = jax.grad(losses.next_token(MODEL))(wide_params(), data["alignment"])
+    step = jax.jit(lambda w: patcher.direction(context(hp), w, data, KEY, vector)[0])
+    grads = step(wide_params())
+    sft = jax.jit(jax.grad(losses.next_token(MODEL)))(wide_params(), data["alignment"])
     jax.tree.map(np.testing.assert_array_equal, grads, sft)
 
 

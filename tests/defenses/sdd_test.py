@@ -6,6 +6,8 @@ Mutants:
   `STARTS_FROM = "aligned"` -> `STARTS_FROM = "pretrained"`
 """
 
+import jax
+
 from ftdefense.core import types
 from ftdefense.defenses import sdd
 from ftdefense.methods import lift
@@ -22,8 +24,8 @@ def test_is_sft_on_the_unrelated_rows():
     assert dict(method.streams(hp)) == {"unrelated": ()}
     origin = types.Lineage(common.params())
     state = method.init(origin, hp, common.KEY)
-    after, _ = method.step(state, origin, {"unrelated": batch(1)}, common.KEY)
-    expected, _ = lift.descend(state, common.sft_gradient(batch(1)))
+    after, _ = jax.jit(method.step)(state, origin, {"unrelated": batch(1)}, common.KEY)
+    expected, _ = jax.jit(lift.descend)(state, common.sft_gradient(batch(1)))
     common.close(after.params, expected.params)
 
 

@@ -115,7 +115,7 @@ def test_a_factored_kernel_starts_as_itself_and_merges():
     bound = adapter.bind(MODEL, start)
     plain = MODEL(start, data.tokens).logits
     np.testing.assert_allclose(bound(factors, data.tokens).logits, plain, rtol=1e-12)
-    inside = jax.grad(losses.next_token(bound))(factors, data)
+    inside = jax.jit(jax.grad(losses.next_token(bound)))(factors, data)
     assert all(np.any(g != 0) for g in jax.tree.leaves(inside))
     moved = jax.tree.map(lambda x, g: x - 0.1 * g, factors, inside)
     merged = adapter.merge(moved, start)
@@ -139,7 +139,7 @@ def test_no_gradient_outside():
         return losses.next_token(adapter.bind(MODEL, start))(factors, data)
 
     factors = trained(adapter)
-    inside = jax.grad(loss)(factors, start)
+    inside = jax.jit(jax.grad(loss))(factors, start)
     assert all(np.all(g != 0) for g in jax.tree.leaves(inside))
     state = loop.init(
         sft.method(MODEL),

@@ -27,7 +27,7 @@ def test_accumulation_is_exact(parts):
             lambda x: x.astype(np.float64), MODEL.init(jax.random.key(0))
         )
         whole, part = (
-            jax.grad(losses.next_token(MODEL, microbatches=n))(params, data)
+            jax.jit(jax.grad(losses.next_token(MODEL, microbatches=n)))(params, data)
             for n in (1, parts)
         )
         jax.tree.map(

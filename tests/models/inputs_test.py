@@ -33,7 +33,7 @@ def test_a_patch_moves_the_output_by_what_is_read(name):
     assert read.shape == (weights.shape[0], 2, 5, weights.shape[1])
     factors = lora["layers"][group][kernel]
     product = weights + factors["a"] @ factors["b"]
-    found = model(params, TOKENS, lora=lora).hidden[site]
+    found = jax.jit(model)(params, TOKENS, lora=lora).hidden[site]
     np.testing.assert_allclose(
         jnp.einsum("nbli,nio->nblo", read, product), found, atol=1e-5
     )

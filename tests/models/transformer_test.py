@@ -179,8 +179,8 @@ def test_the_embedding_site_has_no_tap_and_is_seen_by_all_layers():
         seen.append(tap)
         return hidden + 1.0
 
-    base = MODEL(params(), tokens()).hidden
-    moved = MODEL(params(), tokens(), intervene=intervene, taps=jnp.ones(3)).hidden
+    base = forward(params(), tokens()).hidden
+    moved = forward(params(), tokens(), intervene=intervene, taps=jnp.ones(3)).hidden
     assert seen == [None]
     np.testing.assert_allclose(moved["embed"], base["embed"] + 1)
     assert not np.allclose(moved["attn"][0], base["attn"][0])
@@ -363,9 +363,10 @@ def test_dropout_masks_are_unbiased_and_independent():
     def intervene(hidden, where, layer, tap):
         return jnp.ones_like(hidden) if where == "resid" else hidden
 
-    mlp = model(
+    mlp = forward(
         weights,
         tokens(8, 16),
+        model=model,
         lora=lora,
         rng=jax.random.key(0),
         dropout=0.5,
@@ -404,8 +405,9 @@ def test_cached_decoding_keeps_to_the_sliding_window():
     assert not np.allclose(full[:, -1], unlimited[:, -1], atol=1e-3)
     cache = model.init_cache(2, 7)
     positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
-    _, cache = model.decode(params(), tokens()[:, :6], positions[:, :6], cache)
-    last, _ = model.decode(params(), tokens()[:, 6:], positions[:, 6:], cache)
+    decode = jax.jit(model.decode)
+    _, cache = decode(params(), tokens()[:, :6], positions[:, :6], cache)
+    last, _ = decode(params(), tokens()[:, 6:], positions[:, 6:], cache)
     np.testing.assert_allclose(last[:, 0], full[:, -1], atol=1e-5)
 
 
@@ -492,9 +494,9 @@ def test_bfloat16_computes_narrow_and_returns_wide():
 def test_vmap_over_parameters_equals_a_loop():
     """Catches a shape that is read where only a tracer's is known: sweeps vmap."""
     stacked = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), params())
-    mapped = jax.vmap(lambda p: MODEL(p, tokens()).logits)(stacked)
+    mapped = jax.jit(jax.vmap(lambda p: MODEL(p, tokens()).logits))(stacked)
     for i in range(2):
-        one = MODEL(jax.tree.map(lambda x, i=i: x[i], stacked), tokens()).logits
+        one = forward(jax.tree.map(lambda x, i=i: x[i], stacked), tokens()).logits
         np.testing.assert_allclose(mapped[i], one, atol=1e-5)
 
 
