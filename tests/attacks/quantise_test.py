@@ -23,6 +23,9 @@ NF4 = (
 )
 
 
+rounded = jax.jit(rounding.rounded, static_argnums=(1, 2))
+
+
 @pytest.fixture(autouse=True)
 def float64():
     with jax.enable_x64(True):
@@ -55,12 +58,12 @@ def test_nf4_has_the_published_values():
 def test_errors_are_of_half_a_bin_and_twice_is_once(kind, group):
     """Catches a scale per input channel, and groups that are not undone."""
     kernel = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 3)))
-    once = rounding.rounded(kernel, kind, group)
+    once = rounded(kernel, kind, group)
     parts = np.abs(kernel).reshape(2, -1, group or 8, 3).max(2, keepdims=True)
     most = np.broadcast_to(parts, (2, 8 // (group or 8), group or 8, 3))
     widest = {"int8": 1 / 127, "int4": 1 / 7, "nf4": 0.31}[kind]
     assert np.all(np.abs(once - kernel) <= most.reshape(2, 8, 3) * widest / 2 + 1e-12)
-    np.testing.assert_allclose(rounding.rounded(once, kind, group), once, atol=1e-12)
+    np.testing.assert_allclose(rounded(once, kind, group), once, atol=1e-12)
     assert np.abs(once - kernel).max() > 1e-4
 
 

@@ -129,7 +129,7 @@ def turned(h_BxLxD, o_BxLxD, jitter=0.0, seed=0):
 def test_orthogonal_opposite_or_zero_is_enough(h):
     """C = 0 without a gradient. Catches a missing relu, and 0 / 0."""
     o = jnp.array([[[3.0, 0.0]]])
-    value, grad = jax.value_and_grad(turned)(jnp.array([[h]]), o)
+    value, grad = jax.jit(jax.value_and_grad(turned))(jnp.array([[h]]), o)
     assert value == 0
     if h != [0.0, 2.0]:  # At a right angle relu has a kink.
         np.testing.assert_array_equal(grad, 0.0)

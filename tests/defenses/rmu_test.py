@@ -121,7 +121,8 @@ def free(hp, weights, first):
     )
     data = {role: batch(1, rows=2, length=3) for role in ("harmful", "benign")}
     unit = jnp.full((4,), 0.5)
-    grads, _, _ = rmu.direction(ctx, params(weights), data, common.KEY, unit)
+    run = jax.jit(lambda w: rmu.direction(ctx, w, data, common.KEY, unit))
+    grads, _, _ = run(params(weights))
     return grads["layers"]["mlp"]["down"]["kernel"]
 
 

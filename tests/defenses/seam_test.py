@@ -144,8 +144,9 @@ def test_couples_the_attack_with_every_benign_token():
 def test_exact_form_is_the_gradient_of_the_cosine():
     """Catches norms or the cosine differentiated once more, and swapped Hessians."""
     loss_a, loss_b, w = some_losses()
-    found = coupling.of_gradients(loss_a, loss_b, w, exact=True)
-    value, grad = jax.value_and_grad(lambda w: cosine(loss_a, loss_b, w))(w)
+    exact = jax.jit(lambda w: coupling.of_gradients(loss_a, loss_b, w, exact=True))
+    found = exact(w)
+    value, grad = jax.jit(jax.value_and_grad(lambda w: cosine(loss_a, loss_b, w)))(w)
     common.close(found.grad, grad, rtol=1e-6, atol=1e-8)
     np.testing.assert_allclose(found.cosine, value, rtol=1e-7)
 

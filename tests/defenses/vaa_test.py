@@ -94,4 +94,4 @@ def test_groups_are_drawn_with_probability_p():
         return grads[0]
 
     key_f = jnp.float32(0)
-    assert 0.7 < jax.vmap(group)(keys).mean() < 0.9
+    assert 0.7 < jax.jit(jax.vmap(group))(keys).mean() < 0.9

@@ -1,5 +1,7 @@
 """Screening: few prompts, the full set's verdict."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,10 @@ from ftdefense.data import sandbox
 from ftdefense.evaluation import screening
 from ftdefense.evaluation import suite
 
-WORLD = sandbox.build("small", 0)
+
+@functools.cache
+def world():
+    return sandbox.build("small", 0)
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +43,7 @@ def scripted(monkeypatch):
 
 
 def screened(harmful: float, benign: float, reference: float = 1.0):
-    screener = screening.Screener(None, WORLD)
+    screener = screening.Screener(None, world())
     return screener(types.Release({"harmful": harmful, "benign": benign}), reference)
 
 
@@ -93,10 +98,10 @@ def test_capability_is_judged_against_the_reference():
 
 def test_every_beginning_of_the_order_mixes_topics():
     """Catches an order that asks about one topic first, or about neighbours."""
-    order = screening.mixed(WORLD.evaluation["harmful"])
+    order = screening.mixed(world().evaluation["harmful"])
     assert len({e.topic for e in order[:4]}) == 4
     assert sorted(e.key for e in order) == sorted(
-        e.key for e in WORLD.evaluation["harmful"]
+        e.key for e in world().evaluation["harmful"]
     )
-    places = [WORLD.evaluation["harmful"].index(e) for e in order[:16]]
+    places = [world().evaluation["harmful"].index(e) for e in order[:16]]
     assert min(abs(a - b) for a in places for b in places if a != b) > 1

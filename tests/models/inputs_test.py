@@ -44,8 +44,8 @@ def test_queries_keys_and_values_read_the_normed_stream():
     model = MODELS["decoder"]
     params = model.init(jax.random.key(0))
     params["layers"]["attention_norm"]["scale"] *= 1.5
-    hidden = model(params, TOKENS).hidden
-    seen = model.inputs(params, TOKENS)["layers"]
+    hidden = jax.jit(model)(params, TOKENS).hidden
+    seen = jax.jit(model.inputs)(params, TOKENS)["layers"]
     x = jnp.concatenate([hidden["embed"][None], hidden["resid"][:-1]])
     normed = 1.5 * x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-5)
     for kernel in "qkv":
