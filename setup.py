@@ -35,6 +35,7 @@ setuptools.setup(
         "optuna>=5,<6",
         "safetensors>=0.5,<1",
         "scipy>=1.13,<2",
+        "threadpoolctl>=3.5,<4",
         "tokenizers>=0.22,<1",
         "tqdm>=4.66,<5",
         "transformers>=5,<6",

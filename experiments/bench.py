@@ -34,6 +34,7 @@ from ftdefense.data import streams
 from ftdefense.reporting import tables
 from ftdefense.training import checkpoint
 from ftdefense.training import loop
+from ftdefense.training import threads
 from ftdefense.training import together
 
 FLAGS = flags.FLAGS
@@ -145,10 +146,11 @@ def stepper(
     held = {"state": loop.init(method, lineage, hp, rng, steps, mapped=mapped)}
 
     def run() -> dict[str, float]:
-        held["state"], metrics = loop.run_chunk(
-            method.step, mapped, held["state"], lineage, batches, rng, jnp.int32(0)
-        )
-        jax.block_until_ready(held["state"])
+        with threads.one_for_lapack():
+            held["state"], metrics = loop.run_chunk(
+                method.step, mapped, held["state"], lineage, batches, rng, jnp.int32(0)
+            )
+            jax.block_until_ready(held["state"])
         return {name: float(np.mean(value)) for name, value in metrics.items()}
 
     run()

@@ -14,6 +14,7 @@ from ftdefense.core import errors
 from ftdefense.core import types
 from ftdefense.data import streams as data_streams
 from ftdefense.training import checkpoint
+from ftdefense.training import threads
 
 # Chunks in a stage: where it is logged, saved, and may be evaluated.
 CHUNKS = 16
@@ -155,10 +156,11 @@ def train(
         if end <= done:
             continue
         batches = place(_batches(streams, done, end - done, mapped))
-        state, metrics = run_chunk(
-            method.step, mapped, state, lineage, batches, rng, jnp.int32(done)
-        )
-        metrics = jax.device_get(metrics)
+        with threads.one_for_lapack():
+            state, metrics = run_chunk(
+                method.step, mapped, state, lineage, batches, rng, jnp.int32(done)
+            )
+            metrics = jax.device_get(metrics)
         if not mapped:
             _check_finite(metrics, done, saver)
         done = end
