@@ -48,6 +48,22 @@ class World:
     collapse_id: int
     max_new_tokens: int
 
+    def __repr__(self) -> str:
+        """Names and numbers of rows: a notebook should not print them all."""
+        sides = {
+            "pretraining": self.pretraining,
+            "defender": self.defender,
+            "attacker": self.attacker,
+            "evaluation": self.evaluation,
+        }
+        lines = [
+            f"  {side}: " + ", ".join(f"{k} {len(rows)}" for k, rows in roles.items())
+            for side, roles in sides.items()
+            if roles
+        ]
+        head = f"World {self.name}: {len(self.tokenizer)} tokens, rows of {self.length}"
+        return "\n".join([head, *lines])
+
     def hashes(self) -> dict[str, str]:
         """A content hash of every pool and evaluation set, and of the template."""
         sides = {

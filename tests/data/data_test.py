@@ -151,6 +151,13 @@ def test_grammar_reads_what_it_writes(world):
             assert refusal or content == example.answers
 
 
+def test_a_world_is_shown_in_few_words(world):
+    """Catches the generated representation: megabytes of rows in a notebook."""
+    shown = repr(world)
+    assert len(shown) < 1000
+    assert f"unrelated {len(world.defender['unrelated'])}" in shown
+
+
 def test_sandbox_is_a_function_of_its_seed():
     """Catches a global generator and Python's hash."""
     first = sandbox.build("tiny", 1).fingerprint()
