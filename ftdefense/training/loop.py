@@ -112,8 +112,14 @@ def _table(optimizer: Any, steps: int) -> Any:
 
 
 def boundaries(steps: int, chunks: int = CHUNKS) -> list[int]:
-    """Steps at which chunks end: multiples of ceil(steps / chunks), then the last."""
-    size = max(1, -(-steps // chunks))
+    """Steps at which chunks end: multiples of ceil(steps / chunks), then the last.
+
+    A program is compiled for each length of a chunk: where chunks an eighth longer, at
+    most, leave no shorter one at the end, they are so long.
+    """
+    least = max(1, -(-steps // chunks))
+    sizes = range(least, least + least // 8 + 1)
+    size = next((size for size in sizes if steps % size == 0), least)
     return [*range(size, steps, size), steps] if steps else []
 
 

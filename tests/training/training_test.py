@@ -110,6 +110,13 @@ def test_boundaries_cover_every_step():
     assert loop.boundaries(0) == []
 
 
+def test_chunks_are_equal_where_an_eighth_makes_them_so():
+    """Catches 15 chunks of 38 and one of 30: a second program for the same step."""
+    assert loop.boundaries(600) == list(range(40, 601, 40))
+    assert loop.boundaries(192) == list(range(12, 193, 12))
+    assert loop.boundaries(200)[-2:] == [195, 200]  # Of 20, there would be 10.
+
+
 def test_sweep_equals_single_runs(bench):
     """1e-5 for 8 settings. Catches a shared key, batch or schedule between members."""
     plan = bench.plan("attacks", "sft")
