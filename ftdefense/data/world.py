@@ -50,12 +50,7 @@ class World:
 
     def __repr__(self) -> str:
         """Names and numbers of rows: a notebook should not print them all."""
-        sides = {
-            "pretraining": self.pretraining,
-            "defender": self.defender,
-            "attacker": self.attacker,
-            "evaluation": self.evaluation,
-        }
+        sides = {**self._pools(), "evaluation": self.evaluation}
         lines = [
             f"  {side}: " + ", ".join(f"{k} {len(rows)}" for k, rows in roles.items())
             for side, roles in sides.items()
@@ -64,16 +59,18 @@ class World:
         head = f"World {self.name}: {len(self.tokenizer)} tokens, rows of {self.length}"
         return "\n".join([head, *lines])
 
-    def hashes(self) -> dict[str, str]:
-        """A content hash of every pool and evaluation set, and of the template."""
-        sides = {
+    def _pools(self) -> dict[str, Mapping[str, pools.Pool]]:
+        return {
             "pretraining": self.pretraining,
             "defender": self.defender,
             "attacker": self.attacker,
         }
+
+    def hashes(self) -> dict[str, str]:
+        """A content hash of every pool and evaluation set, and of the template."""
         found = {
             f"{side}/{role}": pools.digest(pool)
-            for side, roles in sides.items()
+            for side, roles in self._pools().items()
             for role, pool in roles.items()
         }
         for name, examples in self.evaluation.items():

@@ -10,8 +10,9 @@ import threadpoolctl
 def one_for_lapack() -> contextlib.AbstractContextManager:
     """While it is open, a decomposition runs in the thread that asks for it.
 
-    A step decomposes many small matrices at once: XLA spreads them over the cores, which
-    OpenBLAS's own threads would take away again. The limit is the whole process's.
+    A step decomposes small matrices, one after the other, between what XLA computes on
+    all cores: OpenBLAS's own threads take these cores from it (the ratio before and after
+    is in BUILD_NOTES.md, "Decisions"). The limit is the whole process's.
     """
     return _libraries().limit(limits=1, user_api="blas")
 

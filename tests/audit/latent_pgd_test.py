@@ -79,12 +79,12 @@ def test_what_is_descended_is_what_decoding_sees(decoder, world, asked):
     _, prompts, openings = asked
     ids, weights = latent_pgd.targets(world, openings)
     width, total = prompts.tokens.shape[1], 0.0
+    decode = jax.jit(functools.partial(model.decode, intervene=release.intervene))
     for i, row in enumerate(ids):
         mask = prompts.mask[i : i + 1]
         positions = np.where(mask, mask.cumsum(1) - 1, -1)
         cache = model.init_cache(1, width + len(row))
         tokens = prompts.tokens[i : i + 1]
-        decode = jax.jit(functools.partial(model.decode, intervene=release.intervene))
         taps = {"taps": release.taps[:, i : i + 1]}
         logits, cache = decode(params, tokens, positions, cache, **taps)
         for t, token in enumerate(row[weights[i] > 0]):

@@ -1,7 +1,5 @@
 """Screening: few prompts, the full set's verdict."""
 
-import functools
-
 import numpy as np
 import pytest
 
@@ -11,9 +9,8 @@ from ftdefense.evaluation import screening
 from ftdefense.evaluation import suite
 
 
-@functools.cache
 def world():
-    return sandbox.build("small", 0)
+    return sandbox.build("small", 0)  # Cached; not at import, which every worker does.
 
 
 @pytest.fixture(autouse=True)

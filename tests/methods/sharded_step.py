@@ -36,6 +36,7 @@ LLAMA = transformer.LanguageModel(
 # CLAMP was published for no language model, and takes half a minute to compile for one.
 ALWAYS_TOY = ("clamp",)
 FEW = {"block_steps": 1, "attack_steps": 2, "defend_steps": 2, "inner_steps": 4}
+BATCHLESS = {"leaky", "lox", "safe_lora"}  # They take no step.
 # AntiDote writes a patch for each of these: two are compiled in a third of the time.
 TARGETS = {"antidote": ("q", "down")}
 
@@ -75,6 +76,7 @@ def compare(name: str, model, lineage: types.Lineage) -> None:
     method = registry.method("defenses", name, model)
     hp = settings(name, model)
     roles = method.streams(hp)
+    assert bool(roles) != (name in BATCHLESS), f"{name}: BATCHLESS is not up to date"
     if not roles:
         return
     key, *keys = jax.random.split(jax.random.key(2), len(roles) + 1)

@@ -14,7 +14,7 @@ PROGRAM = pathlib.Path(__file__).with_name("sharded_step.py")
 SPANNING = {
     "booster": "the norm of a gradient",
     "circuit_breakers": "cosines of hidden states",
-    "condition_number": "singular values of a kernel",
+    "condition_number": "the spectrum of features of all rows",
     "ktipa_code": "a mean over other rows of the batch",
     "repnoise": "distances among rows",
     "resta": "a difference of two models",
