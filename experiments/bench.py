@@ -135,7 +135,7 @@ def stepper(
         )
         for role, shape in method.streams(plan.hp).items()
     }
-    params = jax.jit(bench.model.init)(jax.random.key(0))
+    params = bench.model.init(jax.random.key(0))
     lineage = types.Lineage(params, params, params)
     hp, rng = plan.hp, jax.random.key(0)
     if members:

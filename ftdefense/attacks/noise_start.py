@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ftdefense.core import draws
 from ftdefense.core import tree
 from ftdefense.core import types
 from ftdefense.methods import lift
@@ -44,7 +45,7 @@ def displaced(
         # Of two factors one moves: their product is linear in it.
         moves = matrix and tree.path_names(path)[-1] != "a"
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        drawn = jax.random.normal(rng, x.shape, wide)
+        drawn = draws.normal(rng, x.shape, wide)
         return drawn if moves else jnp.zeros_like(drawn)
 
     matrices = optimizers.matrices(params)

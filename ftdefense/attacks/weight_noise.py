@@ -13,6 +13,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from ftdefense.core import draws
 from ftdefense.core import tree
 from ftdefense.core import types
 from ftdefense.methods import lift
@@ -36,7 +37,7 @@ def noisy(params: types.Params, sigma, rng: types.Rng) -> types.Params:
             return jnp.copy(x)
         axes = tuple(range(1 if "layers" in tree.path_names(path) else 0, x.ndim))
         square = jnp.mean(jnp.square(tree.wide(x)), axes, keepdims=True)
-        noise = jax.random.normal(rng, x.shape, square.dtype)
+        noise = draws.normal(rng, x.shape, square.dtype)
         return tree.add_scale(x, sigma, jnp.sqrt(square) * noise)
 
     kicked = optimizers.matrices(params)

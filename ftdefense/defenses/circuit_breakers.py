@@ -29,6 +29,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from ftdefense.core import draws
 from ftdefense.core import tree
 from ftdefense.core import types
 from ftdefense.methods import adapters
@@ -76,7 +77,7 @@ def rerouting(
     here_SxBxLxD = lens.hidden_states(outputs)[at]
     there_SxBxLxD = lens.hidden_states(reference)[at]
     there_SxBxLxD = tree.wide(jax.lax.stop_gradient(there_SxBxLxD))
-    noise_SxBxLxD = jax.random.normal(rng, there_SxBxLxD.shape, there_SxBxLxD.dtype)
+    noise_SxBxLxD = draws.normal(rng, there_SxBxLxD.shape, there_SxBxLxD.dtype)
     scale_SxBxLx1 = (
         distances.norm(there_SxBxLxD)[..., None] * there_SxBxLxD.shape[-1] ** -0.5
     )

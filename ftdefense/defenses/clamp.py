@@ -28,6 +28,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from ftdefense.core import draws
 from ftdefense.core import tree
 from ftdefense.core import types
 from ftdefense.methods import lift
@@ -115,7 +116,7 @@ def direction_of(rng, params):
     leaves, structure = jax.tree.flatten(params)
     rngs = jax.random.split(rng, len(leaves))
     normal = [
-        jax.random.normal(r, x.shape, jnp.promote_types(x.dtype, jnp.float32))
+        draws.normal(r, x.shape, jnp.promote_types(x.dtype, jnp.float32))
         for r, x in zip(rngs, leaves, strict=True)
     ]
     return tree.normalize(jax.tree.unflatten(structure, normal))

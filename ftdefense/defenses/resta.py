@@ -22,6 +22,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from ftdefense.core import draws
 from ftdefense.core import types
 from ftdefense.methods import edits
 from ftdefense.methods import lift
@@ -61,7 +62,7 @@ def dropped(update: types.Params, drop, rng: types.Rng) -> types.Params:
     rngs = jax.random.split(rng, len(leaves))
 
     def thinned(x, rng):
-        kept = jax.random.uniform(rng, x.shape) >= drop
+        kept = draws.uniform(rng, x.shape) >= drop
         return jnp.where(kept, x / (1 - drop), 0)
 
     return structure.unflatten(map(thinned, leaves, rngs))

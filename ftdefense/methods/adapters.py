@@ -8,6 +8,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from ftdefense.core import draws
 from ftdefense.core import errors
 from ftdefense.core import tree
 from ftdefense.core import types
@@ -89,7 +90,7 @@ class LoRA:
         for i, (path, kernel) in enumerate(sorted(chosen.items())):
             *stacked, width_in, width_out = kernel.shape
             bound = 1 / math.sqrt(width_in)
-            a = jax.random.uniform(
+            a = draws.uniform(
                 jax.random.fold_in(rng, i),
                 (*stacked, width_in, self.rank),
                 kernel.dtype,

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ftdefense.core import draws
 from ftdefense.core import errors
 from ftdefense.core import tree
 from ftdefense.core import types
@@ -100,7 +101,7 @@ def dare(start: Any, lam: Any, end: Any, origin: Any, density: Any, rng: Any) ->
     rngs = jax.tree.unflatten(structure, list(jax.random.split(rng, len(leaves))))
 
     def leaf(x, y, o, rng):
-        kept = jax.random.bernoulli(rng, density, x.shape)
+        kept = draws.bernoulli(rng, density, x.shape)
         moved = edits.difference(y, o) / jnp.where(density > 0, density, 1)
         return tree.add_scale(x, lam, jnp.where(kept, moved, 0))
 

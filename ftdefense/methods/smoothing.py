@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ftdefense.core import draws
 from ftdefense.core import tree
 from ftdefense.core import types
 
@@ -48,7 +49,7 @@ def _randomised(loss, params, hp, rng):
     """Mean over draws of the loss at weights with Gaussian noise."""
 
     def add(total, key):
-        noise = optax.tree.random_like(key, params, jax.random.normal, jnp.float32)
+        noise = optax.tree.random_like(key, params, draws.normal, jnp.float32)
         noisy = tree.add_scale(params, hp.sigma, noise)
         return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(noisy)), None
 

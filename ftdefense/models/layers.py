@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ftdefense.core import draws
 from ftdefense.core import types
 from ftdefense.models import configuration
 from ftdefense.models import rope
@@ -62,7 +63,7 @@ def dot(x_BxLxD: jax.Array, kernel: jax.Array, out_dtype: Any = None) -> jax.Arr
 
 def drop(x: jax.Array, rng: types.Rng, rate: float | jax.Array) -> jax.Array:
     """Zeroes entries at `rate` in [0, 1), and scales the rest to keep the mean."""
-    kept = jax.random.bernoulli(rng, 1 - rate, x.shape)
+    kept = draws.bernoulli(rng, 1 - rate, x.shape)
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ftdefense.core import draws
+
 _JITTER = 1e-6  # Added to every eigenvalue, but not to the Frobenius norm.
 _FLOOR = 1e-12  # Of the denominator of `ill`, which vanishes for equal singular values.
 
@@ -92,4 +94,4 @@ def log_condition(s: Spectrum) -> jax.Array:
 def subspace(width: int, count: int, seed: int | jax.Array = 0) -> jax.Array:
     """`count` random orthonormal directions [D, C]."""
     key = jax.random.key(seed)
-    return jnp.linalg.qr(jax.random.normal(key, (width, count), jnp.float32))[0]
+    return jnp.linalg.qr(draws.normal(key, (width, count), jnp.float32))[0]

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from ftdefense.core import draws
 from ftdefense.core import tree
 from ftdefense.core import types
 
@@ -88,7 +89,7 @@ def _value_and_gradient(states_NxBxLxD, mask_BxL, rng):
 
     def distance(states_BxLxD, rng):
         x_BxLxD = tree.wide(states_BxLxD)
-        z_BxLxD = jax.random.normal(rng, x_BxLxD.shape, x_BxLxD.dtype)
+        z_BxLxD = draws.normal(rng, x_BxLxD.shape, x_BxLxD.dtype)
         x_BxF, z_BxF = (
             (rows * mask_BxLx1).reshape(rows.shape[0], -1).astype(rows.dtype)
             for rows in (x_BxLxD, z_BxLxD)

@@ -28,7 +28,8 @@ def vectors(tokens_BxL: jax.Array, width: int, seed: int | jax.Array = 0) -> jax
     def row(token: jax.Array) -> jax.Array:
         return jax.random.normal(jax.random.fold_in(key, token), (width,), jnp.float32)
 
-    return jax.vmap(jax.vmap(row))(tokens_BxL)
+    rows = jax.vmap(row)(tokens_BxL.reshape(-1))  # One axis: sooner compiled.
+    return rows.reshape(*tokens_BxL.shape, width)
 
 
 def mismatch(outputs: types.Outputs, vectors_BxLxD: jax.Array) -> jax.Array:

@@ -136,7 +136,7 @@ class Bench:
             f"pretrained-{role}",
             lift.supervised(self.model, role),
             plans.Plan(lift.Hparams(optimizers.Optimizer(rate, schedule))),
-            types.Lineage(jax.jit(self.model.init)(jax.random.key(self._world_seed))),
+            types.Lineage(self.model.init(jax.random.key(self._world_seed))),
             {role: self.world.pretraining[role]},
             self._world_seed,
             self.defaults.pretraining,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from ftdefense.core import draws
 from ftdefense.core import tree
 from ftdefense.core import types
 
@@ -61,7 +62,7 @@ def permute_units(params: types.Params, rng: types.Rng) -> types.Params:
 def rescale_units(params: types.Params, rng: types.Rng) -> types.Params:
     """Hidden units of each MLP larger in `up`, smaller in `down`, or the reverse."""
     layers, _, width = params["layers"]["mlp"]["up"]["kernel"].shape
-    exponent_NxF = jax.random.uniform(rng, (layers, width), minval=-1, maxval=1)
+    exponent_NxF = draws.uniform(rng, (layers, width), low=-1, high=1)
     factor_NxF = WIDEST**exponent_NxF
 
     def scaled(x, axis):
