@@ -73,7 +73,11 @@ def frontier(
         axis.set_xlabel("capability (shaded: useful)")
         axis.set_ylabel("harmful score")
         axis.legend(
-            frameon=False, fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left"
+            frameon=False,
+            fontsize=8,
+            bbox_to_anchor=(1.01, 1),
+            loc="upper left",
+            ncols=1 + (len(families) > len(colors)),
         )
         return plots.save(figure, path)
 
