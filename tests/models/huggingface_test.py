@@ -12,9 +12,9 @@ import safetensors.numpy
 
 from ftdefense.core import errors
 from ftdefense.models import huggingface
-from ftdefense.models import huggingface_config
 from ftdefense.models import rope
 from ftdefense.models import transformer
+from ftdefense.models.huggingface import architectures
 
 CONFIG = transformer.ModelConfig(
     vocab_size=13,
@@ -135,9 +135,9 @@ def test_both_spellings_of_rotary_settings_are_read(folder):
     old = {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **scaling}}
     older = {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **scaling}}
     for spelling in (new, old, older):
-        config = huggingface_config.parse({**fields, **spelling}, "x")
+        config = architectures.parse({**fields, **spelling}, "x")
         assert (config.rope_theta, config.rope_scaling) == (5e5, LLAMA3)
-    config = huggingface_config.parse({**fields, "rope_theta": 77.0}, "x")
+    config = architectures.parse({**fields, "rope_theta": 77.0}, "x")
     assert (config.rope_theta, config.rope_scaling) == (77.0, None)
 
 

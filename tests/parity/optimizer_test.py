@@ -19,8 +19,8 @@ from ftdefense.methods import freezing
 from ftdefense.methods import optimizers
 from ftdefense.methods import schedules
 from ftdefense.models import huggingface
-from ftdefense.models import huggingface_config
 from ftdefense.models import transformer
+from ftdefense.models.huggingface import architectures
 
 STEPS = 12
 LEAVES = {
@@ -202,7 +202,7 @@ def test_what_decays(family):
     with torch.device("meta"):
         theirs = getattr(transformers, f"{family}ForCausalLM")(config)
     decaying = transformers.Trainer.get_decay_parameter_names(None, theirs)
-    ours = transformer.LanguageModel(huggingface_config.parse(config.to_dict(), "here"))
+    ours = transformer.LanguageModel(architectures.parse(config.to_dict(), "here"))
     params = jax.eval_shape(ours.init, jax.random.key(0))
     decays = {
         tree.path_names(path): leaf
