@@ -38,8 +38,7 @@ def displaced(
     params: types.Params, base: types.Params, hp: Hparams, rng: types.Rng
 ) -> types.Params:
     """What trains, moved at random: W of `base` by `hp.noise` times its norm."""
-    leaves, structure = jax.tree.flatten(params)
-    rngs = jax.tree.unflatten(structure, list(jax.random.split(rng, len(leaves))))
+    rngs = optax.tree.split_key_like(rng, params)
 
     def draw(path, x, matrix, rng):
         # Of two factors one moves: their product is linear in it.

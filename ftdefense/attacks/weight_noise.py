@@ -12,6 +12,7 @@ Cost         0 forwards, 0 backwards.
 from flax import struct
 import jax
 import jax.numpy as jnp
+import optax
 
 from ftdefense.core import draws
 from ftdefense.core import tree
@@ -29,8 +30,7 @@ class Hparams:
 
 
 def noisy(params: types.Params, sigma, rng: types.Rng) -> types.Params:
-    leaves, structure = jax.tree.flatten(params)
-    rngs = jax.tree.unflatten(structure, list(jax.random.split(rng, len(leaves))))
+    rngs = optax.tree.split_key_like(rng, params)
 
     def leaf(path, x, matrix, rng):
         if not matrix:

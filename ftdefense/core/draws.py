@@ -1,10 +1,13 @@
-"""Random arrays, drawn flat: the numbers of `jax.random`, sooner compiled.
+"""Random arrays, drawn flat on a CPU: the numbers of `jax.random`, sooner compiled.
 
-JAX numbers the entries of an array by its flat index, so a draw of any shape is a flat
-draw reshaped. XLA compiles the flat one up to ten times as fast on a CPU: it has no
-index arithmetic over several axes.
+JAX numbers the entries of an array by its flat index (`jax_threefry_partitionable`), so
+a draw of any shape is a flat draw reshaped. XLA compiles the flat one up to ten times as
+fast on a CPU: it has no index arithmetic over several axes. Elsewhere nothing is
+reshaped: of a flat draw each device would hold all, where its shard is not of the first
+axis.
 """
 
+from collections.abc import Callable
 import math
 
 import jax
@@ -17,7 +20,7 @@ def normal(
     rng: types.Rng, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32
 ) -> jax.Array:
     """Standard normal entries."""
-    return jax.random.normal(rng, (math.prod(shape),), dtype).reshape(shape)
+    return _flat(lambda shape: jax.random.normal(rng, shape, dtype), shape)
 
 
 def uniform(
@@ -28,12 +31,19 @@ def uniform(
     high: float | jax.Array = 1.0,
 ) -> jax.Array:
     """Uniform entries in [low, high)."""
-    flat = jax.random.uniform(rng, (math.prod(shape),), dtype, low, high)
-    return flat.reshape(shape)
+    return _flat(lambda shape: jax.random.uniform(rng, shape, dtype, low, high), shape)
 
 
 def bernoulli(
     rng: types.Rng, p: float | jax.Array, shape: tuple[int, ...]
 ) -> jax.Array:
     """True with probability `p`, a scalar."""
-    return jax.random.bernoulli(rng, p, (math.prod(shape),)).reshape(shape)
+    return _flat(lambda shape: jax.random.bernoulli(rng, p, shape), shape)
+
+
+def _flat(
+    sample: Callable[[tuple[int, ...]], jax.Array], shape: tuple[int, ...]
+) -> jax.Array:
+    if jax.default_backend() != "cpu":
+        return sample(shape)
+    return sample((math.prod(shape),)).reshape(shape)

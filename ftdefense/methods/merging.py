@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from ftdefense.core import draws
 from ftdefense.core import errors
@@ -97,8 +98,7 @@ def ties(origin: Any, lam: Any, first: Any, second: Any, density: Any) -> Any:
 
 def dare(start: Any, lam: Any, end: Any, origin: Any, density: Any, rng: Any) -> Any:
     """DARE (Yu et al. 2023, arXiv:2311.03099): a random share of the move, rescaled."""
-    leaves, structure = jax.tree.flatten(origin)
-    rngs = jax.tree.unflatten(structure, list(jax.random.split(rng, len(leaves))))
+    rngs = optax.tree.split_key_like(rng, origin)
 
     def leaf(x, y, o, rng):
         kept = draws.bernoulli(rng, density, x.shape)
