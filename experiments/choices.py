@@ -106,7 +106,7 @@ def _warn_of_rounding(names: Sequence[str]) -> None:
         if "T3" in cards.card(registry.load("defenses", name)).get("Template", "")
     ]
     # Processes of --jobs have been warned by the one that started them.
-    if ahead and not FLAGS.get_flag_value("share", ""):
+    if ahead and not FLAGS.get_flag_value("worker", ""):
         print(
             f"warning: {', '.join(ahead)}: losses or gradients a small step apart are "
             "compared, which bfloat16 may round away; use --compute_dtype=float32.",

@@ -1,6 +1,6 @@
 """Does the audit see what it must? It is run on models of which the answer is known.
 
-  python experiments/controls.py --workdir=runs/controls --jobs=2
+  python experiments/controls.py --workdir=runs/controls
 
 audits the ten decoys (defenses that are broken on purpose), the undefended model, its
 unchanged copy, and one that never knew; prints what each should give and what it gave.
@@ -8,11 +8,12 @@ unchanged copy, and one that never knew; prints what each should give and what i
 
 import json
 import pathlib
-import subprocess
 import sys
+import time
 
 from absl import flags
 import settings
+import workers
 
 from ftdefense.audit import controls
 from ftdefense.audit import decision
@@ -25,9 +26,9 @@ from ftdefense.reporting import tables
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(settings)
+flags.adopt_module_key_flags(workers)
 FLAGS.set_default("seeds", ["0", "1", "2"])
 flags.DEFINE_enum("budget", "quick", families.BUDGETS, "Of every audit.")
-flags.DEFINE_integer("jobs", 1, "Audits side by side: on a CPU, one a core.")
 flags.DEFINE_list("only", [], "Names of decoys and controls; empty: all.")
 
 CONTROLS = (controls.ALIGNED, controls.LEAKY, controls.NEVER)
@@ -75,9 +76,12 @@ def audit(workdir: pathlib.Path, names: list[str]) -> None:
       UserError: if one fails; it has said why.
     """
     script = pathlib.Path(__file__).with_name("audit.py")
+    number = workers.count(len(names))
     waiting, running, failed = list(names), {}, []
     while waiting or running:
-        while waiting and len(running) < FLAGS.jobs:
+        for part in range(number):
+            if not waiting or part in running:
+                continue
             name = waiting.pop(0)
             command = [
                 sys.executable,
@@ -89,20 +93,21 @@ def audit(workdir: pathlib.Path, names: list[str]) -> None:
                 f"--preset={FLAGS.preset}",
                 f"--world_seed={FLAGS.world_seed}",
                 f"--seeds={','.join(map(str, settings.seeds()))}",
+                *(["--jobs=1"] if number > 1 else []),  # One alone shares its own work.
             ]
             log = workdir / f"{name}.log"
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("w") as file:
-                running[name] = subprocess.Popen(command, stdout=file, stderr=file)
+                process = workers.start(command, part, number, stdout=file, stderr=file)
+            running[part] = name, process
             print(f"auditing {name}: {log}", file=sys.stderr, flush=True)
-        name, process = next(iter(running.items()))
-        for candidate, other in running.items():
-            if other.poll() is not None:
-                name, process = candidate, other
-                break
-        if process.wait():
-            failed.append(name)
-        del running[name]
+        time.sleep(0.1)
+        for part, (name, process) in list(running.items()):
+            status = process.poll()
+            if status:
+                failed.append(name)
+            if status is not None:
+                del running[part]
     if failed:
         raise errors.UserError(
             f"the audit of {', '.join(failed)} failed: see {workdir}/NAME.log."

@@ -7,8 +7,8 @@ trains `none`, `vaccine`, `booster` and `ctrap` on the sandbox, attacks each wit
 Repeating the command resumes what was interrupted and reads what is finished.
 """
 
+import functools
 import json
-import subprocess
 import sys
 
 from absl import flags
@@ -19,6 +19,7 @@ import report
 import settings
 import threats
 import tqdm
+import workers
 
 from ftdefense.core import config
 from ftdefense.core import errors
@@ -30,10 +31,10 @@ from ftdefense.reporting import manifest
 from ftdefense.reporting import rows as result_rows
 from ftdefense.reporting import tables
 from ftdefense.training import checkpoint
-from ftdefense.training import pipeline
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(settings)
+flags.adopt_module_key_flags(workers)
 flags.DEFINE_list(
     "defense",
     ["none", "vaccine", "booster", "ctrap"],
@@ -60,10 +61,6 @@ flags.DEFINE_list(
     "data; trigger, persona, competing, style, paraphrase in the sandbox. Each adds a "
     "column harmful_score/NAME.",
 )
-flags.DEFINE_integer(
-    "jobs", 1, "Processes that share the defenses among them: on a CPU, one a core."
-)
-flags.DEFINE_string("share", "", "Set by --jobs for its processes: i/n.")
 
 
 def main() -> None:
@@ -110,11 +107,21 @@ def main() -> None:
         },
     )
     companies = [tuple(seeds)] if FLAGS.vmap_seeds else [(seed,) for seed in seeds]
-    if FLAGS.share:
-        run(runner, pairs[share()], companies)
+    units = [
+        (
+            f"{pair[0].reference} {company}",
+            functools.partial(run, runner, [pair], [company]),
+        )
+        for company in companies
+        for pair in pairs
+    ]
+    if workers.enlisted():
+        workers.share(units)
         return
-    if FLAGS.jobs > 1:
-        distribute(bench, len(pairs), companies)
+    number = workers.count(len(units))
+    # Where results are, there is nothing to do but to read.
+    if number > 1 and not (workdir / "results.jsonl").is_file():
+        workers.fill(number, len(units), bench.begin)
     rows = run(runner, pairs, companies)
     write(workdir, rows, runner.generations)
     checkpoint.write_json(
@@ -157,7 +164,7 @@ def run(
     with tqdm.tqdm(
         total=total * len(companies),
         desc="stages",
-        disable=not sys.stderr.isatty(),
+        disable=bool(FLAGS.worker) or not sys.stderr.isatty(),
         position=1,
     ) as bar:
         for company in companies:
@@ -169,40 +176,6 @@ def run(
                     rows += runner.attack(defense, releases, before, attack, company)
                     bar.update()
     return cells.flagged(rows)
-
-
-def share() -> slice:
-    """The defenses of this process: every n-th, from the i-th."""
-    first, _, step = FLAGS.share.partition("/")
-    return slice(int(first), None, int(step))
-
-
-def distribute(
-    bench: pipeline.Bench, defenses: int, companies: list[tuple[int, ...]]
-) -> None:
-    """Fills the work directory by --jobs processes; nothing is returned but stages.
-
-    Raises:
-      UserError: if one of them failed; it has said why.
-    """
-    for company in companies:
-        bench.aligned(company)  # What they would all begin with.
-    count = min(FLAGS.jobs, defenses)
-    # Flags given twice: the last one counts.
-    commands = [
-        [sys.executable, *sys.argv, f"--share={i}/{count}"] for i in range(count)
-    ]
-    running = [subprocess.Popen(command) for command in commands]
-    try:
-        failed = [process.wait() for process in running]
-    finally:
-        for process in running:
-            process.terminate()
-    if any(failed):
-        raise errors.UserError(
-            f"{sum(map(bool, failed))} of {count} processes failed: see above. What they "
-            "finished is kept; the same command goes on from there."
-        )
 
 
 def write(workdir, rows: list[dict], generations: list[dict]) -> None:

@@ -226,18 +226,26 @@ def weights(bench: pipeline.Bench, folder: pathlib.Path) -> Any:
     return params
 
 
-def references(
-    bench: pipeline.Bench, runner: cells.Cells, seeds: tuple[int, ...]
-) -> list[Subject]:
-    """The undefended model, and one that never knew, at the first seed."""
-    names = tuple(name for name in REFERENCES if name != FLAGS.defense)
+def companies(seeds: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Seeds whose releases are trained together; at `quick` there is one release."""
+    if FLAGS.budget == "quick" or FLAGS.checkpoint:
+        return [seeds[:1]]
+    return [seeds] if FLAGS.vmap_seeds else [(seed,) for seed in seeds]
+
+
+def reference_names() -> tuple[str, ...]:
+    """The undefended model, and one that never knew."""
     if has_own_data():
-        names = ("none",) if FLAGS.reference else ()
-    found = []
-    for name in names:
-        (chosen,) = choices.chosen(bench, "defenses", [name])
-        found.append(_trained(chosen, runner, seeds[:1]))
-    return found
+        return ("none",) if FLAGS.reference else ()
+    return tuple(name for name in REFERENCES if name != FLAGS.defense)
+
+
+def reference(
+    name: str, bench: pipeline.Bench, runner: cells.Cells, seeds: tuple[int, ...]
+) -> Subject:
+    """A reference, trained at the first seed."""
+    (chosen,) = choices.chosen(bench, "defenses", [name])
+    return _trained(chosen, runner, seeds[:1])
 
 
 def templates() -> list[str]:

@@ -34,6 +34,9 @@ def opened(url: str) -> optuna.storages.BaseStorage:
       UserError: if it cannot be opened.
     """
     try:
+        if url.startswith("sqlite"):  # Workers wait for one another.
+            patience = {"connect_args": {"timeout": 60}}
+            return optuna.storages.RDBStorage(url, engine_kwargs=patience)
         return optuna.storages.get_storage(url)
     except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
         raise errors.UserError(

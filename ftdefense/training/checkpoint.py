@@ -113,7 +113,7 @@ def load_params(folder: pathlib.Path, like: types.Params) -> types.Params:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON; the file appears whole or not at all."""
-    temporary = path.with_name(path.name + ".partial")
+    """Writes JSON; the file appears whole or not at all, whoever else writes it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
     os.replace(temporary, path)

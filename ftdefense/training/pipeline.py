@@ -144,6 +144,10 @@ class Bench:
         )
         return self._store.run(job)
 
+    def begin(self) -> None:
+        """Pretrains, if what is here has to be: most of what follows begins with it."""
+        self._maybe_pretrained()
+
     @functools.cache  # noqa: B019
     def aligned(self, seeds: Seeds) -> list[stages.Stage]:
         """The aligned, undefended models: the stage of the defense `none`."""

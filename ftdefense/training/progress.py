@@ -9,6 +9,14 @@ import tqdm
 
 from ftdefense.training import loop
 
+_line = 0
+
+
+def place(line: int) -> None:
+    """Where this process draws its bars: so many lines below the first."""
+    global _line
+    _line = line
+
 
 class Bar:
     """A tqdm bar on a terminal; one line when a stage ends elsewhere."""
@@ -20,6 +28,7 @@ class Bar:
             unit="step",
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
+            position=_line,
         )
         self._title = title
 

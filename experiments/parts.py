@@ -1,0 +1,239 @@
+"""The parts of an audit, most of which workers can share."""
+
+from collections.abc import Callable
+import functools
+import math
+import sys
+from typing import Any
+
+from absl import flags
+import cells
+import choices
+import subjects
+import tqdm
+
+from ftdefense.audit import effort
+from ftdefense.audit import ensemble
+from ftdefense.audit import families
+from ftdefense.audit import probing
+from ftdefense.audit import search
+from ftdefense.audit import services
+from ftdefense.core import config
+from ftdefense.methods import plans
+from ftdefense.training import pipeline
+from ftdefense.training import stages
+
+FLAGS = flags.FLAGS
+
+
+class Audit:
+    """One release, or one a seed, under the ensemble, and what it is compared with."""
+
+    def __init__(
+        self,
+        bench: pipeline.Bench,
+        searcher: search.Searcher,
+        runner: cells.Cells,
+        given: choices.Chosen | stages.Stage,
+        seeds: tuple[int, ...],
+    ):
+        """Prepares an audit of `given` (see `subjects.given`); nothing runs yet."""
+        self._bench, self._searcher, self._runner = bench, searcher, runner
+        self._given, self._seeds = given, seeds
+        self.templates = subjects.templates()
+
+    @functools.cached_property
+    def audited(self) -> subjects.Subject:
+        return subjects.audited(self._given, self._runner, self._seeds)
+
+    @functools.cached_property
+    def references(self) -> list[subjects.Subject]:
+        names = subjects.reference_names()
+        return [self._reference(name) for name in names]
+
+    def _reference(self, name: str) -> subjects.Subject:
+        return subjects.reference(name, self._bench, self._runner, self._seeds)
+
+    def watched(self) -> list[subjects.Subject]:
+        """Whoever can be judged along a long fine-tuning."""
+        return [one for one in [self.audited, *self.references] if one.has_checkpoints]
+
+    def units(self) -> list[tuple[str, Callable[[], Any]]]:
+        """What needs no more than releases, by name: workers share it in this order.
+
+        A family comes with the one whose trials it repeats.
+        """
+        bind = functools.partial
+        companies = subjects.companies(self._seeds)
+        names = subjects.reference_names()
+        chosen = families.chosen(
+            FLAGS.budget, self.templates, tuple(FLAGS.families) or None
+        )
+        groups: dict[str, tuple[str, ...]] = {}
+        for name in chosen:
+            leader = families.FAMILIES[name].mass_of
+            leader = leader if leader in chosen else name
+            groups[leader] = (*groups.get(leader, ()), name)
+        train = bind(subjects.audited, self._given, self._runner)
+        return [
+            *((f"release {some}", bind(train, some)) for some in companies),
+            *((f"reference {name}", bind(self._reference, name)) for name in names),
+            *((f"family {name}", bind(self._family, groups[name])) for name in groups),
+            *((f"scale {i}", bind(self._scale, i)) for i in range(len(names))),
+            *((f"horizon {i}", bind(self._horizon, i)) for i in range(1 + len(names))),
+        ]
+
+    def _family(self, names: tuple[str, ...]) -> None:
+        self.attack(self.audited, names)
+
+    def _scale(self, i: int) -> None:
+        self.for_scale(self.references[i])
+
+    def _horizon(self, i: int) -> None:
+        if i < len(self.watched()):
+            self.horizon(self.watched()[i])
+
+    def attack(
+        self, one: subjects.Subject, only: tuple[str, ...] = ()
+    ) -> ensemble.Found:
+        """The ensemble, or some of its families, against one release, with a bar."""
+        wanted = only or tuple(FLAGS.families) or None
+        return self._attack(one, self.templates, wanted, FLAGS.trials)
+
+    def for_scale(self, one: subjects.Subject) -> ensemble.Found:
+        """The families that are also run against a reference."""
+        wanted = ("full",) if FLAGS.budget == "quick" else ("full", "sidestepper")
+        if subjects.in_service():
+            wanted = services.FOR_SCALE
+        return self._attack(one, (), wanted, None)
+
+    def _attack(self, one, templates, wanted, trials) -> ensemble.Found:
+        total = sum(families.chosen(FLAGS.budget, templates, wanted, trials).values())
+        best = 0.0
+        with tqdm.tqdm(
+            total=total,
+            desc=one.name,
+            unit="trial",
+            disable=bool(FLAGS.worker) or not sys.stderr.isatty(),
+            position=1,
+        ) as bar:
+
+            def on_trial(row: dict[str, Any]) -> None:
+                nonlocal best
+                if not row["diverged"] and row["violation"] <= 0:
+                    best = max(best, row["harmful_score"])
+                bar.update()
+                bar.set_postfix_str(f"{row['family']}, best HS {best:.2f}")
+
+            return ensemble.run(
+                self._bench,
+                self._searcher,
+                one.target(),
+                FLAGS.budget,
+                defense=FLAGS.defense or "",
+                templates=templates,
+                only=wanted,
+                trials=trials,
+                on_trial=on_trial,
+            )
+
+    def confirm(self, found: ensemble.Found) -> list[dict[str, Any]]:
+        """The best setting of each family again, at every seed, on all held-out prompts.
+
+        At `quick` only of the three families that did most harm.
+        """
+        winners = found.winners()
+        useful = [name for name, row in winners.items() if row["violation"] <= 0]
+        # Where all fail alike, those that train say more.
+        ranked = sorted(
+            useful,
+            key=lambda name: (
+                -winners[name]["harmful_score"],
+                not families.FAMILIES[name].trains,
+            ),
+        )
+        if FLAGS.budget == "quick":
+            ranked = ranked[:3]
+        rows = []
+        for name in ranked:
+            module, plan = ensemble.resolved(
+                self._bench, name, winners[name]["values"], FLAGS.defense or ""
+            )
+            repeated = self._runner.attack(
+                self.audited.defense,
+                self.audited.stages,
+                self.audited.before,
+                choices.Chosen(
+                    name, module, plan, f"{module} {winners[name]['values']}"
+                ),
+                self._seeds,
+            )
+            tried = len(found.rows[name])  # Part of the budget: the best of so many.
+            rows += [r | ({"trials": tried} if "trials" in r else {}) for r in repeated]
+        return rows
+
+    def horizon(self, one: subjects.Subject) -> list[dict[str, Any]]:
+        """Plain fine-tuning of one release for long, judged at sixteen checkpoints.
+
+        Beyond `quick` at three rates, of which the one that breaks first counts: weights
+        that are only rescaled must not look durable. The rate of a service is its provider's.
+        """
+        quick = FLAGS.budget == "quick"
+        steps = {"quick": 512, "standard": 1536, "full": 6144}[FLAGS.budget]
+        base = self._bench.plan("attacks", "sft")
+        runs = []
+        for factor in (1.0,) if quick or subjects.in_service() else (1.0, 3.0, 10.0):
+            plan = base
+            for assignment in (
+                f"steps={steps}",
+                "optimizer.schedule.decay=constant",
+                f"optimizer.learning_rate={factor * base.hp.optimizer.learning_rate}",
+            ):
+                plan = config.override_plan(plan, assignment)
+            runs.append(
+                self._runner.attack(
+                    one.defense,
+                    one.stages[:1],
+                    one.before[:1],
+                    choices.Chosen("horizon", "sft", plan, f"sft {steps} x{factor:g}"),
+                    self._seeds[:1],
+                )
+            )
+        return min(runs, key=lambda rows: effort.steps_to_break(rows) or math.inf)
+
+    def probe(self, found: ensemble.Found) -> probing.Probed:
+        """Diagnostics that run the model, on the best settings that the search found."""
+        by_name = {one.name: one.stages[0] for one in [*self.references, self.audited]}
+        winners = found.winners()
+
+        def best(name: str, otherwise: str) -> tuple[str, plans.Plan]:
+            values = winners[name]["values"] if name in winners else {}
+            if not values:
+                return otherwise, self._bench.plan("attacks", otherwise)
+            return ensemble.resolved(self._bench, name, values, FLAGS.defense or "")
+
+        trained = [
+            row for row in found.trials() if families.FAMILIES[row["family"]].trains
+        ]
+        return probing.probe(
+            self._bench,
+            self._searcher,
+            probing.Known(
+                subject=self.audited.target(),
+                reference=by_name.get("none"),
+                never=by_name.get("never"),
+                naive=best("full", "sft"),
+                adaptive=best("sidestepper", "sidestepper"),
+                tuned=probing.best_of(trained),
+                naive_score=probing.best_of(found.rows.get("full", [])),
+                serve=subjects.serve(),
+                untrained={
+                    name: probing.best_of(rows)
+                    for name, rows in found.rows.items()
+                    if not families.FAMILIES[name].trains
+                },
+            ),
+            seed=self._seeds[0],
+            points=15 if FLAGS.budget == "quick" else 30,
+            radii=() if FLAGS.budget == "quick" else (3.0, 10.0),
+        )

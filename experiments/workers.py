@@ -1,0 +1,189 @@
+"""Processes that share one command's work, each on cores of its own.
+
+On models of the sandbox's size XLA's threads mostly wait for each other: two processes on
+a core each get more done than one on both (BUILD_NOTES.md has the ratio). A worker is the
+same command with --worker=i/n: it fills the work directory, unit by unit, with what the
+command then reads.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+from absl import flags
+import jax
+import settings
+import tqdm
+
+from ftdefense.core import config
+from ftdefense.core import errors
+from ftdefense.training import checkpoint
+from ftdefense.training import progress
+
+FLAGS = flags.FLAGS
+flags.DEFINE_integer(
+    "jobs",
+    None,
+    "Processes that share the work, each on its part of the cores. Default: one a core "
+    "for the sandbox on a CPU, else one in all.",
+    lower_bound=1,
+)
+flags.DEFINE_string("worker", "", "Set by --jobs for its processes: i/n.")
+
+
+def count(units: int) -> int:
+    """How many processes to start for so many independent units of work."""
+    if FLAGS.jobs is not None:
+        return min(FLAGS.jobs, units)
+    small = FLAGS.model is None and not FLAGS.mesh
+    if not small or jax.default_backend() != "cpu":
+        return 1
+    return min(len(_cores()), units)
+
+
+def fill(number: int, units: int, first: Callable[[], Any]) -> dict[str, float]:
+    """Has `number` workers do the units that they claim, to be read by whoever asks next.
+
+    Args:
+      first: what all units begin with; it is done here, on all cores, while they start.
+
+    Returns:
+      The seconds that each unit took.
+
+    Raises:
+      UserError: if one of them failed; it has said why.
+    """
+    claims = _claims()
+    shutil.rmtree(claims, ignore_errors=True)  # Of an earlier run.
+    claims.mkdir(parents=True)
+    running = [_worker(i, number) for i in range(number)]
+    try:
+        first()
+        with tqdm.tqdm(
+            total=units,
+            desc="shared among processes",
+            disable=not sys.stderr.isatty(),
+            position=number,
+            leave=False,
+        ) as bar:
+            while any(process.poll() is None for process in running):
+                bar.update(len(list(claims.glob("*.done"))) - bar.n)
+                time.sleep(0.1)
+    finally:
+        for process in running:
+            process.terminate()
+            process.stdin.close()
+    failed = sum(process.wait() != 0 for process in running)
+    if failed:
+        raise errors.UserError(
+            f"{failed} of {number} processes failed: see above. What they finished is "
+            "kept; the same command goes on from there."
+        )
+    done = [json.loads(path.read_text()) for path in claims.glob("*.done")]
+    shutil.rmtree(claims)
+    return {one["unit"]: one["seconds"] for one in done}
+
+
+def _worker(i: int, number: int) -> subprocess.Popen:
+    # Flags given twice: the last one counts.
+    command = [sys.executable, *sys.argv, f"--worker={i}/{number}"]
+    return start(command, i, number, stdin=subprocess.PIPE)
+
+
+def start(command: list[str], i: int, number: int, **options: Any) -> subprocess.Popen:
+    """A process on the i-th of `number` parts of the cores; options of Popen."""
+    with _pinned(_part(_cores(), i, number)):
+        return subprocess.Popen(command, **options)
+
+
+def _cores() -> list[int]:
+    """Numbers of the cores that this process may use; where that is unknown, all."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _part(cores: list[int], i: int, number: int) -> list[int]:
+    """The i-th of `number` parts; with fewer cores than parts, some share one."""
+    if number > len(cores):
+        return [cores[i % len(cores)]]
+    return cores[i * len(cores) // number : (i + 1) * len(cores) // number]
+
+
+@contextlib.contextmanager
+def _pinned(cores: list[int]) -> Iterator[None]:
+    """What this thread starts inherits the cores that it may use itself."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def enlisted() -> bool:
+    """Whether this process is a worker; it then ends when the one that started it does."""
+    if not FLAGS.worker:
+        return False
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Its parent tells it to end.
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    progress.place(int(FLAGS.worker.partition("/")[0]))
+    return True
+
+
+def _leave_with_parent() -> None:
+    """The pipe ends when whoever holds it dies, of whatever; files are whole always."""
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
+def share(units: list[tuple[str, Callable[[], Any]]]) -> None:
+    """What a worker does: those units, in this order, that no other has claimed."""
+    for name, do in units:
+        with _claim(name) as mine:
+            if mine:
+                do()
+
+
+@contextlib.contextmanager
+def _claim(unit: str) -> Iterator[bool]:
+    """Whether a unit is this worker's: the first to ask has it, for as long as it lives."""
+    path = _claims() / config.digest(unit)
+    done = path.with_suffix(".done")
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        yield False
+        return
+    _HELD.append(file)
+    if done.exists():  # By one that has left.
+        yield False
+        return
+    started = time.monotonic()
+    yield True
+    seconds = time.monotonic() - started
+    checkpoint.write_json(done, {"unit": unit, "seconds": seconds})
+
+
+_HELD = []  # Open files: a lock ends with its process, whichever way.
+
+
+def _claims() -> pathlib.Path:
+    return settings.workdir() / "claims"
