@@ -7,6 +7,14 @@ import subprocess
 import sys
 import tempfile
 
+# A core each for xdist's workers: XLA's threads would take them from one another.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if hasattr(os, "sched_setaffinity"):
+    _CORES = sorted(os.sched_getaffinity(0))
+    _MINE = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    if 1 < _WORKERS <= len(_CORES):
+        os.sched_setaffinity(0, _CORES[_MINE::_WORKERS])
+
 # Programs here run once on almost nothing: most of a test's time is compilation, which
 # XLA's older emitters do in a third of the time, and unsplit modules in a tenth less.
 # Child processes inherit all of it.
