@@ -14,6 +14,7 @@ import json
 import math
 import re
 import statistics
+import subprocess
 import sys
 import time
 
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import settings
+import workers
 
 from ftdefense.core import cards
 from ftdefense.core import config
@@ -39,10 +41,12 @@ from ftdefense.training import together
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(settings)
+flags.adopt_module_key_flags(workers)
 flags.DEFINE_list("defenses", ["vaccine", "booster", "ctrap"], "Which, or all.")
 flags.DEFINE_integer("rounds", 9, "Measurements of each ratio; the median is shown.")
 flags.DEFINE_integer("members", 8, "Settings in one vmapped program.")
 flags.DEFINE_integer("trials", 16, "Whole attacks in one program; 0: not measured.")
+flags.DEFINE_bool("paced", False, "Set for processes that run a chunk for each line.")
 
 STEPS = 12  # Of a cheap method; fewer of one with a long inner loop.
 INNER_LOOPS = ("inner_steps", "attack_steps", "block_steps")
@@ -236,8 +240,49 @@ def trials(bench) -> list[dict]:
     return found
 
 
+def paced(bench) -> None:
+    """Runs a chunk for each line that comes in, and answers it."""
+    run = stepper(bench, "defenses", "none")
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        run()
+        print("done", flush=True)
+
+
+def side_by_side(bench) -> dict | None:
+    """One process a core against one on all of them: the time of as many SFT steps."""
+    number = workers.count(sys.maxsize)
+    if number < 2:
+        return None
+    command = [sys.executable, *sys.argv, "--paced"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    crew = [workers.start(command, i, number, **pipes) for i in range(number)]
+
+    def together() -> None:
+        for process in crew:
+            print(file=process.stdin, flush=True)
+        for process in crew:
+            process.stdout.readline()
+
+    for process in crew:
+        process.stdout.readline()
+    value, taken = ratio(together, stepper(bench, "defenses", "none"), number)
+    for process in crew:
+        process.communicate()
+    return {
+        "what": f"SFT steps: {number} processes, a core each / one process on all cores",
+        "ratio": round(value, 2),
+        "target": "",
+        "met": "",
+        "ms": round(1000 * taken / (STEPS * number), 1),
+    }
+
+
 def main() -> None:
     bench = settings.bench()
+    if FLAGS.paced:
+        paced(bench)
+        return
     bench_rows = []
     below: dict[tuple[int, int], Callable[[], None]] = {}
     readouts = of_all_states(bench.model)
@@ -278,6 +323,8 @@ def main() -> None:
             "ms": round(1000 * taken / STEPS, 2),
         }
     )
+    shared = side_by_side(bench)
+    bench_rows += [shared] if shared else []
     if FLAGS.trials:
         bench_rows += trials(bench)
     header = list(bench_rows[0])
