@@ -101,7 +101,7 @@ def main() -> None:
     # Where a verdict is, there is nothing to do but to read.
     spent = {}
     if number > 1 and not (workdir / "verdict.json").is_file():
-        spent = workers.fill(number, len(audit.units()), bench.begin)
+        spent = workers.fill(number, len(audit.units()), bench.start)
     audited, references = audit.audited, audit.references
     found = audit.attack(audited)
     scale = {one.name: audit.for_scale(one).trials() for one in references}

@@ -20,6 +20,7 @@ from ftdefense.evaluation import success
 from ftdefense.evaluation import suite
 from ftdefense.training import checkpoint
 from ftdefense.training import pipeline
+from ftdefense.training import serving
 from ftdefense.training import stages
 
 Row = dict[str, Any]
@@ -34,8 +35,8 @@ class Cells:
         """Prepares the evaluations.
 
         Args:
-          threat: open_weight or service (see `training.pipeline`); empty: the one that
-            each defense was made for.
+          threat: open_weight (see `training.pipeline`) or service (`training.serving`);
+            empty: the one that each defense was made for.
           wrapped: jailbreak analogues of the sandbox that the harmful prompts are also
             put through; each gives a column harmful_score/NAME.
         """
@@ -114,7 +115,7 @@ class Cells:
             # other attacks, are not passed on.
             steps = attack.plan.steps if attack.name == "sft" else 0
             options = {"edits": edits, "steps": steps, **watched}
-            done = bench.served(provider, data, releases, seeds, **options)
+            done = serving.served(bench, provider, data, releases, seeds, **options)
             pools = {"user": recipes.attacker_pools(bench.world, data)["user"]}
         else:
             done = bench.attacked(attack.name, attack.plan, releases, seeds, **watched)

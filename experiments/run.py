@@ -121,7 +121,7 @@ def main() -> None:
     number = workers.count(len(units))
     # Where results are, there is nothing to do but to read.
     if number > 1 and not (workdir / "results.jsonl").is_file():
-        workers.fill(number, len(units), bench.begin)
+        workers.fill(number, len(units), bench.start)
     rows = run(runner, pairs, companies)
     write(workdir, rows, runner.generations)
     checkpoint.write_json(

@@ -24,6 +24,7 @@ from ftdefense.methods import plans
 from ftdefense.models import huggingface
 from ftdefense.training import checkpoint
 from ftdefense.training import pipeline
+from ftdefense.training import serving
 from ftdefense.training import stages
 
 FLAGS = flags.FLAGS
@@ -59,7 +60,7 @@ class Subject:
     stages: list[stages.Stage]
     before: list[dict[str, Any]]
     defense: choices.Chosen
-    service: tuple[pipeline.Provider, pipeline.Edits] | None = None
+    service: tuple[serving.Provider, serving.Edits] | None = None
 
     @property
     def has_checkpoints(self) -> bool:

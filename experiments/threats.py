@@ -8,6 +8,7 @@ from ftdefense.data import recipes
 from ftdefense.methods import plans
 from ftdefense.training import pipeline
 from ftdefense.training import requirements
+from ftdefense.training import serving
 
 
 def acts_in_service(defense: str) -> bool:
@@ -48,7 +49,7 @@ def submitted(bench: pipeline.Bench, attack: str, plan: plans.Plan) -> recipes.R
 
 def provider(
     bench: pipeline.Bench, defense: str, plan: plans.Plan
-) -> tuple[pipeline.Provider, pipeline.Edits]:
+) -> tuple[serving.Provider, serving.Edits]:
     """The provider's fine-tuning method, and its edits of what comes out."""
     module = registry.load("defenses", defense)
     stage = requirements.stage_of(module)

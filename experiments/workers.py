@@ -103,8 +103,11 @@ def _worker(i: int, number: int) -> subprocess.Popen:
 
 def start(command: list[str], i: int, number: int, **options: Any) -> subprocess.Popen:
     """A process on the i-th of `number` parts of the cores; options of Popen."""
-    with _pinned(_part(_cores(), i, number)):
-        return subprocess.Popen(command, **options)
+    part = _part(_cores(), i, number)
+    # XLA reads NPROC: for systems on which no process can be bound to cores.
+    environment = {**os.environ, "NPROC": str(len(part))}
+    with _pinned(part):
+        return subprocess.Popen(command, env=environment, **options)
 
 
 def _cores() -> list[int]:

@@ -21,6 +21,7 @@ from ftdefense.evaluation import success
 from ftdefense.methods import plans
 from ftdefense.training import jobs
 from ftdefense.training import pipeline
+from ftdefense.training import serving
 from ftdefense.training import stages
 from ftdefense.training import together
 
@@ -40,7 +41,7 @@ class Target:
     name: str
     stage: stages.Stage
     capability: float
-    service: tuple[pipeline.Provider, pipeline.Edits] | None = None
+    service: tuple[serving.Provider, serving.Edits] | None = None
 
     def key(self) -> str:
         """Digest of what is attacked."""
@@ -132,7 +133,8 @@ class Searcher:
         if target.service is None:
             return self._bench.attack_job(attack, plan, target.stage, self._seed)
         provider, _ = target.service
-        return self._bench.serve_job(
+        return serving.serve_job(
+            self._bench,
             provider,
             plan.data,
             target.stage,
@@ -156,7 +158,8 @@ class Searcher:
         _, edits = target.service or (None, ())
         for edit in edits:
             for i in kept:
-                job = self._bench.edit_job(
+                job = serving.edit_job(
+                    self._bench,
                     edit,
                     members[i].plan.data,
                     stages.given(released[i]),

@@ -1,9 +1,7 @@
-"""Threat models as chains of stages; every finished stage is kept.
+"""Open weights as a chain of stages, every one of which is kept.
 
-`open_weight`: pretrained -> aligned -> defended -> attacked; the attacker gets the
-weights of a release and drops its intervention. `service`: the provider fine-tunes the
-defended model on the user's rows with a method of its own, then may edit the result;
-of an attack only the rows count.
+pretrained -> aligned -> defended -> attacked; the attacker gets the weights of a release
+and drops its intervention. The other threat model is in `training.serving`.
 """
 
 from collections.abc import Callable
@@ -35,9 +33,6 @@ from ftdefense.training import requirements
 from ftdefense.training import stages
 
 Seeds = tuple[int, ...]
-# Package, name and plan of a provider's method; names and plans of its edits.
-Provider = tuple[str, str, plans.Plan]
-Edits = tuple[tuple[str, plans.Plan], ...]
 # Makes pools that only a run of the model can tell: {role: Pool} for each seed.
 Derive = Callable[["Bench", Seeds], Sequence[Mapping[str, pools.Pool]]]
 
@@ -111,7 +106,7 @@ class Bench:
           UserError: naming the role or the weights that are missing, and their flag.
         """
         module = registry.load("defenses", name)
-        requirements.weights(name, module, self._has_pretrained)
+        requirements.weights(name, module, self.has_pretrained)
         known = {*self.world.defender, *self._derived, "user", "user_refusal"}
         method = registry.method("defenses", name, self.model)
         requirements.roles(name, method.streams(plan.hp), known)
@@ -144,10 +139,6 @@ class Bench:
         )
         return self._store.run(job)
 
-    def begin(self) -> None:
-        """Pretrains, if what is here has to be: most of what follows begins with it."""
-        self._maybe_pretrained()
-
     @functools.cache  # noqa: B019
     def aligned(self, seeds: Seeds) -> list[stages.Stage]:
         """The aligned, undefended models: the stage of the defense `none`."""
@@ -156,18 +147,20 @@ class Bench:
         return self.defended("none", self.plan("defenses", "none"), seeds)
 
     @property
-    def _has_pretrained(self) -> bool:
+    def has_pretrained(self) -> bool:
+        """Whether there are weights before alignment."""
         return self._given["aligned"] is None or self._given["pretrained"] is not None
 
-    def _maybe_pretrained(self) -> stages.Stage | None:
-        return self.pretrained() if self._has_pretrained else None
+    def start(self) -> stages.Stage | None:
+        """The pretrained model, if this bench has one: what most stages start from."""
+        return self.pretrained() if self.has_pretrained else None
 
-    # --- alignment, then the open-weight attacker ------------------------------------
+    # --- alignment, then the attacker ------------------------------------------------
 
     def defense_jobs(self, name: str, plan: plans.Plan, seeds: Seeds) -> list[jobs.Job]:
         """One alignment-stage defense, not run yet; what comes before it is."""
         module = registry.load("defenses", name)
-        requirements.weights(name, module, self._has_pretrained)
+        requirements.weights(name, module, self.has_pretrained)
         method = registry.method("defenses", name, self.model)
         if hasattr(module, "prepare"):
             plan = dataclasses.replace(plan, hp=module.prepare(plan.hp, self.world))
@@ -198,7 +191,7 @@ class Bench:
     ) -> list[tuple[types.Lineage, list[str]]]:
         """Lineage and parents of an alignment-stage defense at each seed."""
         if starts_from == "aligned":
-            before = self._maybe_pretrained()
+            before = self.start()
             params, key = (before.params, before.key) if before else (None, "")
             return [
                 (types.Lineage(a.params, a.params, params), [a.key, key])
@@ -303,107 +296,3 @@ class Bench:
             [self.attack_job(name, plan, d, seed, **options) for d, seed in pairs],
             observe,
         )
-
-    # --- fine-tuning as a service ----------------------------------------------------
-
-    def serve_job(
-        self,
-        provider: Provider,
-        user: recipes.Recipe,
-        start: stages.Stage,
-        first: stages.Stage,
-        seed: int,
-        *,
-        steps: int = 0,
-        title: str = "",
-        observer_key: Any = None,
-    ) -> jobs.Job:
-        """A provider's method on the user's rows, not run yet.
-
-        Args:
-          user: what the user submits as role `user`.
-          start: where the method starts; `first`: the model before any fine-tuning.
-          steps: that the user asks for; 0: the provider's.
-        """
-        package, name, plan = provider
-        module = registry.load(package, name)
-        if package == "defenses":
-            requirements.weights(name, module, self._has_pretrained)
-        method = registry.method(package, name, self.model)
-        rows = recipes.attacker_pools(self.world, user)["user"]
-        roles = {**self.world.defender, "user": rows}
-        if hasattr(module, "select"):
-            roles |= module.select(plan.hp, self.world.defender)
-        if "user_refusal" in method.streams(plan.hp):
-            roles["user_refusal"] = recipes.refused(self.world, rows, seed)
-        # A frame makes the user's rows longer; methods put rows of roles side by side.
-        width = rows.tokens.shape[1]
-        roles = {
-            role: pools.widen(pool, width, self.world.pad_id)
-            for role, pool in roles.items()
-        }
-        before = self._maybe_pretrained()
-        return jobs.Job(
-            title or f"served-{name}",
-            method,
-            dataclasses.replace(plan, data=user, steps=steps or plan.steps),
-            types.Lineage(start.params, first.params, before and before.params),
-            roles,
-            seed,
-            self.defaults.attack,
-            parents=(stages.source_hash(package, name), start.key, observer_key),
-        )
-
-    def edit_job(
-        self, edit: tuple[str, plans.Plan], *where: Any, **options: Any
-    ) -> jobs.Job:
-        """A post-fine-tuning defense of what a provider trained, not run yet.
-
-        `where` and `options` are `serve_job`'s from `user` on.
-        """
-        name, plan = edit
-        provider = ("defenses", name, plan)
-        return self.serve_job(provider, *where, title=f"edited-{name}", **options)
-
-    def served(
-        self,
-        provider: Provider,
-        user: recipes.Recipe,
-        defended: Sequence[stages.Stage],
-        seeds: Seeds,
-        *,
-        edits: Edits = (),
-        steps: int = 0,
-        observe: stages.Observer | None = None,
-        observer_key: Any = None,
-    ) -> list[stages.Stage]:
-        """Fine-tuning as a service: the provider's method on the user's rows.
-
-        Args:
-          provider: package, name and plan of the provider's method; the plan's own data
-            recipe is not used.
-          user: the attack: what the user submits as role `user`.
-          edits: post-fine-tuning defenses by name, applied in turn.
-          steps: that the user asks for; 0: the provider's.
-        """
-        members = [
-            self.serve_job(
-                provider, user, d, d, seed, steps=steps, observer_key=observer_key
-            )
-            for d, seed in zip(defended, seeds, strict=True)
-        ]
-        served = self.run(members, observe)
-        final = served
-        for edit in edits:
-            places = zip(final, defended, seeds, strict=True)
-            final = self.run(
-                [
-                    self.edit_job(edit, user, *place, observer_key=observer_key)
-                    for place in places
-                ]
-            )
-        # An edit is no part of the attack, whose budget and curve are the served one's.
-        return [
-            dataclasses.replace(last, log=stage.log, facts=stage.facts)
-            for last, stage in zip(final, served, strict=True)
-        ]

@@ -11,6 +11,7 @@ from ftdefense.data import sandbox
 from ftdefense.training import budgets
 from ftdefense.training import loop
 from ftdefense.training import pipeline
+from ftdefense.training import serving
 from ftdefense.training import stages
 
 _LR = "optimizer.learning_rate"
@@ -116,8 +117,8 @@ def test_a_service_trains_and_edits_as_it_does_alone(
     plan = spaces.apply(bench.plan("attacks", "sft"), chosen)
     searcher = search.Searcher(bench, f"sqlite:///{tmp_path}/a.db", parallel=1)
     (row,) = searcher.run(served, "rows", "sft", plan, {}, points=[{}], trials=1)
-    (alone,) = bench.served(
-        provider, plan.data, [target.stage], (0,), edits=edits, steps=2
+    (alone,) = serving.served(
+        bench, provider, plan.data, [target.stage], (0,), edits=edits, steps=2
     )
     assert row["steps"] == 2
     # The provider's own rows are no part of the attacker's budget.
@@ -134,8 +135,13 @@ def test_a_service_trains_and_edits_as_it_does_alone(
 def test_what_a_provider_selects_is_what_it_trains_on(bench, target):
     """Catches anchors that are drawn from all of the provider's prompts."""
     plan = bench.plan("defenses", "sbr")
-    job = bench.serve_job(
-        ("defenses", "sbr", plan), recipes.Recipe(), target.stage, target.stage, 0
+    job = serving.serve_job(
+        bench,
+        ("defenses", "sbr", plan),
+        recipes.Recipe(),
+        target.stage,
+        target.stage,
+        0,
     )
     assert len(job.roles["harmful"]) == plan.hp.anchors
     assert job.roles["harmful"].order == "anchors"
