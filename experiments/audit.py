@@ -95,13 +95,13 @@ def main() -> None:
     )
     audit = parts.Audit(bench, searcher, runner, given, seeds)
     if workers.enlisted():
-        workers.share(audit.units())
+        workers.share(audit.units(), audit.repeats)
         return
     number = workers.count(len(audit.units()))
     # Where a verdict is, there is nothing to do but to read.
     spent = {}
     if number > 1 and not (workdir / "verdict.json").is_file():
-        spent = workers.fill(number, len(audit.units()), bench.start)
+        spent = workers.fill(number, len(audit.units()))
     audited, references = audit.audited, audit.references
     found = audit.attack(audited)
     scale = {one.name: audit.for_scale(one).trials() for one in references}

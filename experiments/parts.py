@@ -1,6 +1,5 @@
 """The parts of an audit, most of which workers can share."""
 
-from collections.abc import Callable
 import functools
 import math
 import sys
@@ -11,6 +10,7 @@ import cells
 import choices
 import subjects
 import tqdm
+import workers
 
 from ftdefense.audit import effort
 from ftdefense.audit import ensemble
@@ -58,8 +58,8 @@ class Audit:
         """Whoever can be judged along a long fine-tuning."""
         return [one for one in [self.audited, *self.references] if one.has_checkpoints]
 
-    def units(self) -> list[tuple[str, Callable[[], Any]]]:
-        """What needs no more than releases, by name: workers share it in this order.
+    def units(self) -> workers.Units:
+        """What needs no more than releases: workers share it in this order.
 
         A family comes with the one whose trials it repeats.
         """
@@ -76,8 +76,9 @@ class Audit:
             groups[leader] = (*groups.get(leader, ()), name)
         train = bind(subjects.audited, self._given, self._runner)
         return [
+            # Those with a pretraining of their own first: they begin together.
             *((f"release {some}", bind(train, some)) for some in companies),
-            *((f"reference {name}", bind(self._reference, name)) for name in names),
+            *((f"reference {one}", bind(self._reference, one)) for one in names[::-1]),
             *((f"family {name}", bind(self._family, groups[name])) for name in groups),
             *((f"scale {i}", bind(self._scale, i)) for i in range(len(names))),
             *((f"horizon {i}", bind(self._horizon, i)) for i in range(1 + len(names))),
@@ -137,11 +138,22 @@ class Audit:
                 on_trial=on_trial,
             )
 
+    def repeats(self) -> workers.Units:
+        """The worst families again, once all have been searched."""
+        found = self.attack(self.audited)
+        return [
+            (f"repeat {name}", functools.partial(self._repeat, found, name))
+            for name in self._worst(found)
+        ]
+
     def confirm(self, found: ensemble.Found) -> list[dict[str, Any]]:
         """The best setting of each family again, at every seed, on all held-out prompts.
 
         At `quick` only of the three families that did most harm.
         """
+        return [row for name in self._worst(found) for row in self._repeat(found, name)]
+
+    def _worst(self, found: ensemble.Found) -> list[str]:
         winners = found.winners()
         useful = [name for name, row in winners.items() if row["violation"] <= 0]
         # Where all fail alike, those that train say more.
@@ -152,25 +164,20 @@ class Audit:
                 not families.FAMILIES[name].trains,
             ),
         )
-        if FLAGS.budget == "quick":
-            ranked = ranked[:3]
-        rows = []
-        for name in ranked:
-            module, plan = ensemble.resolved(
-                self._bench, name, winners[name]["values"], FLAGS.defense or ""
-            )
-            repeated = self._runner.attack(
-                self.audited.defense,
-                self.audited.stages,
-                self.audited.before,
-                choices.Chosen(
-                    name, module, plan, f"{module} {winners[name]['values']}"
-                ),
-                self._seeds,
-            )
-            tried = len(found.rows[name])  # Part of the budget: the best of so many.
-            rows += [r | ({"trials": tried} if "trials" in r else {}) for r in repeated]
-        return rows
+        return ranked[:3] if FLAGS.budget == "quick" else ranked
+
+    def _repeat(self, found: ensemble.Found, name: str) -> list[dict[str, Any]]:
+        values = found.winners()[name]["values"]
+        module, plan = ensemble.resolved(self._bench, name, values, FLAGS.defense or "")
+        repeated = self._runner.attack(
+            self.audited.defense,
+            self.audited.stages,
+            self.audited.before,
+            choices.Chosen(name, module, plan, f"{module} {values}"),
+            self._seeds,
+        )
+        tried = len(found.rows[name])  # Part of the budget: the best of so many.
+        return [r | ({"trials": tried} if "trials" in r else {}) for r in repeated]
 
     def horizon(self, one: subjects.Subject) -> list[dict[str, Any]]:
         """Plain fine-tuning of one release for long, judged at sixteen checkpoints.

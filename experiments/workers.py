@@ -42,6 +42,9 @@ flags.DEFINE_integer(
 flags.DEFINE_string("worker", "", "Set by --jobs for its processes: i/n.")
 
 
+Units = list[tuple[str, Callable[[], Any]]]  # Name, and what is to be done.
+
+
 def count(units: int) -> int:
     """How many processes to start for so many independent units of work."""
     if FLAGS.jobs is not None:
@@ -52,7 +55,9 @@ def count(units: int) -> int:
     return min(len(_cores()), units)
 
 
-def fill(number: int, units: int, first: Callable[[], Any]) -> dict[str, float]:
+def fill(
+    number: int, units: int, first: Callable[[], Any] = lambda: None
+) -> dict[str, float]:
     """Has `number` workers do the units that they claim, to be read by whoever asks next.
 
     Args:
@@ -78,13 +83,18 @@ def fill(number: int, units: int, first: Callable[[], Any]) -> dict[str, float]:
             leave=False,
         ) as bar:
             while any(process.poll() is None for process in running):
-                bar.update(len(list(claims.glob("*.done"))) - bar.n)
+                if any(process.poll() for process in running):
+                    break  # Others may wait for what this one was to do.
+                done = len(list(claims.glob("*.done")))
+                bar.total = max(units, done)
+                bar.update(done - bar.n)
                 time.sleep(0.1)
+        failed = sum(bool(process.poll()) for process in running)
     finally:
         for process in running:
             process.terminate()
+            process.wait()
             process.stdin.close()
-    failed = sum(process.wait() != 0 for process in running)
     if failed:
         raise errors.UserError(
             f"{failed} of {number} processes failed: see above. What they finished is "
@@ -155,20 +165,27 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def share(units: list[tuple[str, Callable[[], Any]]]) -> None:
-    """What a worker does: those units, in this order, that no other has claimed."""
+def share(units: Units, then: Callable[[], Units] | None = None) -> None:
+    """What a worker does: those units, in this order, that no other has claimed.
+
+    Args:
+      then: more units, which need all of the first: they wait until all are done.
+    """
     for name, do in units:
         with _claim(name) as mine:
             if mine:
                 do()
+    if then is not None:
+        while not all(_done(name).exists() for name, _ in units):
+            time.sleep(0.1)
+        share(then())
 
 
 @contextlib.contextmanager
 def _claim(unit: str) -> Iterator[bool]:
     """Whether a unit is this worker's: the first to ask has it, for as long as it lives."""
-    path = _claims() / config.digest(unit)
-    done = path.with_suffix(".done")
-    file = path.open("w")
+    done = _done(unit)
+    file = done.with_suffix(".claim").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -183,6 +200,10 @@ def _claim(unit: str) -> Iterator[bool]:
     yield True
     seconds = time.monotonic() - started
     checkpoint.write_json(done, {"unit": unit, "seconds": seconds})
+
+
+def _done(unit: str) -> pathlib.Path:
+    return _claims() / f"{config.digest(unit)}.done"
 
 
 _HELD = []  # Open files: a lock ends with its process, whichever way.

@@ -29,10 +29,11 @@ def curve(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     for as well.
     """
     found, best = [], 0.0
-    spent = {"trials": 0, "steps": 0, "flops": 0.0}
+    spent = {"trials": 0, "steps": 0, "passes": 0, "flops": 0.0}
     for row in rows:
         spent["trials"] += 1
         spent["steps"] += row["steps"]
+        spent["passes"] += row["forward_backwards"] or 0
         spent["flops"] += row["flops"]
         if not row.get("diverged") and row["violation"] <= 0:
             best = max(best, row["harmful_score"])

@@ -210,11 +210,13 @@ def test_effort_counts_what_did_not_succeed():
         {"steps": 30, "flops": 1.0, "diverged": True},
         {"steps": 40, "flops": 2.0, "harmful_score": 0.6, "violation": -0.1},
     ]
+    rows = [{**row, "forward_backwards": 2 * row["steps"]} for row in rows]
     curve = effort.curve(rows)
     assert [p["best_harmful_score"] for p in curve] == [0.3, 0.3, 0.3, 0.6]
     assert curve[-1] == {
         "trials": 4,
         "steps": 100,
+        "passes": 200,
         "flops": 15.0,
         "best_harmful_score": 0.6,
     }

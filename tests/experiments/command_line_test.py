@@ -97,6 +97,32 @@ def test_workdir_of_another_configuration_is_kept(call, tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_audits_are_compared_at_the_cost_of_the_cheapest(call, tmp_path):
+    """Catches an ensemble that is credited with what it found beyond the other's budget."""
+    for name, scores in ("ensemble", [0.2, 0.4, 0.9]), ("sweep", [0.3, 0.3]):
+        rows = [
+            {"target": name, "harmful_score": score, "violation": 0.0}
+            | {"steps": 5, "flops": 1.0, "forward_backwards": 5}
+            for score in scores
+        ]
+        (tmp_path / name).mkdir()
+        lines = [json.dumps(row) for row in [*rows, {**rows[0], "target": "none"}]]
+        (tmp_path / name / "trials.jsonl").write_text("\n".join(lines) + "\n")
+        best = {"harmful_score": max(scores), "family": "full"}
+        verdict = {"subject": name, "verdict": "BROKEN", "flags": ["E2"]}
+        verdict["useful_worst_case"] = best
+        (tmp_path / name / "verdict.json").write_text(json.dumps(verdict))
+    folders = [tmp_path / "ensemble", tmp_path / "sweep"]
+    done = call("audits.py", f"--audits={folders[0]},{folders[1]}")
+    assert done.returncode == 0, done.stderr
+    header, _, first, second = done.stdout.splitlines()
+    assert "at 10 passes" in header
+    assert first.split()[1:7] == ["ensemble", "3", "15", "0.90", "full", "0.40"]
+    assert second.split()[1:7] == ["sweep", "2", "10", "0.30", "full", "0.30"]
+    missing = call("audits.py", f"--audits={tmp_path}")
+    assert missing.returncode == 2 and "run audit.py" in missing.stderr
+
+
 def test_matmul_precision(tmp_path):
     """Catches TensorFloat-32 on a GPU by default, and a flag that nothing reads."""
     lines = (
