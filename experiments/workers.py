@@ -67,7 +67,7 @@ def fill(
       The seconds that each unit took.
 
     Raises:
-      UserError: if one of them failed; it has said why.
+      UserError: what a worker raised, or that one died of something else.
     """
     claims = _claims()
     shutil.rmtree(claims, ignore_errors=True)  # Of an earlier run.
@@ -96,9 +96,10 @@ def fill(
             process.wait()
             process.stdin.close()
     if failed:
+        said = [path.read_text() for path in claims.glob("*.error")]
+        said = said or [f"{failed} of {number} processes failed: see above."]
         raise errors.UserError(
-            f"{failed} of {number} processes failed: see above. What they finished is "
-            "kept; the same command goes on from there."
+            f"{said[0]} What else is finished is kept; the same command goes on from there."
         )
     done = [json.loads(path.read_text()) for path in claims.glob("*.done")]
     shutil.rmtree(claims)
@@ -174,11 +175,20 @@ def share(units: Units, then: Callable[[], Units] | None = None) -> None:
     for name, do in units:
         with _claim(name) as mine:
             if mine:
-                do()
+                _guarded(do)
     if then is not None:
         while not all(_done(name).exists() for name, _ in units):
             time.sleep(0.1)
         share(then())
+
+
+def _guarded(do: Callable[[], Any]) -> None:
+    """Leaves a user's error to the parent, lest it be printed twice."""
+    try:
+        do()
+    except errors.UserError as error:
+        (_claims() / f"{os.getpid()}.error").write_text(str(error))
+        sys.exit(2)
 
 
 @contextlib.contextmanager

@@ -45,6 +45,17 @@ def test_work_is_shared(call, tmp_path, folder):  # noqa: F811
     assert [row["seed"] for row in rows if row["stage"] != "during"] == [0, 0, 1, 1]
 
 
+def test_what_stops_a_worker_is_one_line(call, tmp_path, folder):  # noqa: F811
+    """Catches an error that is printed twice, or that leaves no reason behind."""
+    asked = ("--defense=none", "--attack=sft", "--seeds=0,1", "--jobs=2")
+    diverging = "--set=defense.optimizer.learning_rate=inf"
+    done = call("run.py", *flags(tmp_path, folder, *asked, diverging))
+    assert done.returncode == 2
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "step" in said[0], done.stderr
+    assert not (tmp_path / "w" / "results.jsonl").exists()
+
+
 def test_a_unit_is_done_once(tmp_path):
     """Catches a claim that does not last, and one of a unit that another has finished."""
     lines = (
