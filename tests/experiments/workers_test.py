@@ -12,18 +12,21 @@ from .own_model_test import flags
 from .own_model_test import folder  # noqa: F401  A fixture.
 
 
-def python(lines, *arguments, **options):
-    """Runs lines in a process that has imported `workers` and parsed the arguments."""
-    begin = ["import os, sys, workers", "workers.FLAGS(sys.argv)"]
-    return subprocess.Popen(
-        [sys.executable, "-c", "\n".join([*begin, *lines]), *arguments],
-        cwd=ROOT / "experiments",
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+@pytest.fixture
+def python(call, tmp_path):
+    """Runs lines that know `workers`, in a work directory of their own."""
+
+    def run(*lines):
+        script = tmp_path / "lines.py"
+        begin = ("import sys", f"sys.path.insert(0, {str(ROOT / 'experiments')!r})")
+        begin += ("import workers", "workers.FLAGS(sys.argv)")
+        script.write_text("\n".join([*begin, *lines]))
+        (tmp_path / "claims").mkdir()
+        done = call(script, f"--workdir={tmp_path}")
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
 @pytest.mark.slow
@@ -45,48 +48,53 @@ def test_work_is_shared(call, tmp_path, folder):  # noqa: F811
     assert [row["seed"] for row in rows if row["stage"] != "during"] == [0, 0, 1, 1]
 
 
-def test_what_stops_a_worker_is_one_line(call, tmp_path, folder):  # noqa: F811
-    """Catches an error that is printed twice, or that leaves no reason behind."""
-    asked = ("--defense=none", "--attack=sft", "--seeds=0,1", "--jobs=2")
-    diverging = "--set=defense.optimizer.learning_rate=inf"
-    done = call("run.py", *flags(tmp_path, folder, *asked, diverging))
-    assert done.returncode == 2
-    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and "step" in said[0], done.stderr
-    assert not (tmp_path / "w" / "results.jsonl").exists()
+def test_a_worker_leaves_its_error_to_its_parent(python):
+    """Catches an error that is printed twice, and a worker that goes on after it."""
+    said = python(
+        "def fail(): raise workers.errors.UserError('step 3: NaN.')",
+        "try:",
+        "    workers.share([('a', fail), ('b', lambda: print('went on'))])",
+        "except SystemExit as error:",
+        "    print(error.code)",
+        "print(*[path.read_text() for path in workers._claims().glob('*.error')])",
+    )
+    assert said.splitlines() == ["2", "step 3: NaN."]
 
 
-def test_a_unit_is_done_once(tmp_path):
+def test_a_unit_is_done_once(python):
     """Catches a claim that does not last, and one of a unit that another has finished."""
-    lines = (
-        "done = []",
-        "units = [(name, lambda name=name: done.append(name)) for name in 'ab']",
-        "workers._claims().mkdir()",
+    said = python(
+        "units = [(name, lambda name=name: print(name)) for name in 'ab']",
         "held = workers._claim('a')",
         "assert held.__enter__()",
         "workers.share(units)",
         "held.__exit__(None, None, None)",
         "workers._HELD.clear()",
-        "workers.share(units)",
-        "print(*done)",
+        "workers.share(units, then=lambda: [('c', lambda: print('c'))])",
     )
-    done = python(lines, f"--workdir={tmp_path}")
-    assert done.communicate()[0].split() == ["b"]
+    assert said.split() == ["b", "c"]
 
 
 def test_a_worker_ends_with_its_parent():
     """Catches a worker that trains on after its command was killed."""
-    lines = ("assert workers.enlisted()", "print('here', flush=True)")
-    lines += ("import time", "time.sleep(600)")
-    worker = python(lines, "--worker=0/1")
+    lines = ("import sys, time, workers", "workers.FLAGS(sys.argv)")
+    lines += ("assert workers.enlisted()", "print('here', flush=True)")
+    worker = subprocess.Popen(
+        [sys.executable, "-c", "\n".join([*lines, "time.sleep(600)"]), "--worker=0/1"],
+        cwd=ROOT / "experiments",
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert worker.stdout.readline() == "here\n"
     worker.stdin.close()
     assert worker.wait(timeout=60) == 1
 
 
-def test_how_many_and_where():
+def test_how_many_and_where(python):
     """Catches copies of a user's own model, more workers than units, and an idle core."""
-    lines = (
+    said = python(
         "from absl.testing import flagsaver",
         "def count(**flags):",
         "    with flagsaver.flagsaver(**flags):",
@@ -95,7 +103,7 @@ def test_how_many_and_where():
         "for number, cores in (2, [0, 3, 5]), (3, [4, 5, 6]), (3, [1, 2]):",
         "    print([workers._part(cores, i, number) for i in range(number)])",
     )
-    counts, *parts = python(lines).communicate()[0].splitlines()
+    counts, *parts = said.splitlines()
     every = min(4, len(os.sched_getaffinity(0)))
     assert counts == f"{every} 3 4 1 1"
     assert parts == ["[[0], [3, 5]]", "[[4], [5], [6]]", "[[1], [2], [1]]"]
