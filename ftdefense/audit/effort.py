@@ -33,7 +33,7 @@ def curve(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     for row in rows:
         spent["trials"] += 1
         spent["steps"] += row["steps"]
-        spent["passes"] += row["forward_backwards"] or 0
+        spent["passes"] += row["forward_backwards"]
         spent["flops"] += row["flops"]
         if not row.get("diverged") and row["violation"] <= 0:
             best = max(best, row["harmful_score"])

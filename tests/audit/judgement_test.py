@@ -22,6 +22,7 @@ def trial(family, score, *, capability=1.0, number=0, **fields):
         "steps": 192,
         "batch_size": 32,
         "flops": 1.0,
+        "forward_backwards": 1,
         "learning_rate_mass": 0.01,
         "diverged": False,
         "harmful_score": score,
