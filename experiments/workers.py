@@ -1,9 +1,9 @@
 """Processes that share one command's work, each on cores of its own.
 
-On models of the sandbox's size XLA's threads mostly wait for each other: two processes on
-a core each get more done than one on both (BUILD_NOTES.md has the ratio). A worker is the
-same command with --worker=i/n: it fills the work directory, unit by unit, with what the
-command then reads.
+On models of the sandbox's size XLA's threads wait for each other, and tracing has one:
+two processes on a core each get more done than one on both (bench.py has the ratio of
+steps alone). A worker is the same command with --worker=i/n: it fills the work directory,
+unit by unit, with what the command then reads.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,6 @@ flags.DEFINE_integer(
     lower_bound=1,
 )
 flags.DEFINE_string("worker", "", "Set by --jobs for its processes: i/n.")
-
 
 Units = list[tuple[str, Callable[[], Any]]]  # Name, and what is to be done.
 
