@@ -79,6 +79,7 @@ def fill(
             desc="shared among processes",
             disable=not sys.stderr.isatty(),
             position=number,
+            mininterval=1.0,
             leave=False,
         ) as bar:
             while any(process.poll() is None for process in running):
