@@ -37,9 +37,7 @@ def test_work_is_shared(call, tmp_path, folder):  # noqa: F811
     assert done.returncode == 0, done.stderr
     trained = [line.split()[:3] for line in done.stderr.splitlines()]
     stages = [
-        [f"{name}", "seed", s]
-        for name in ("attacked-sft", "defended-none")
-        for s in "01"
+        [name, "seed", s] for name in ("attacked-sft", "defended-none") for s in "01"
     ]
     assert sorted(trained) == stages
     assert not (tmp_path / "w" / "claims").exists()
