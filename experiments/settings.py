@@ -18,6 +18,7 @@ from ftdefense.data import chat
 from ftdefense.data import files
 from ftdefense.data import own
 from ftdefense.data import sandbox
+from ftdefense.data import unrelated
 from ftdefense.evaluation import forgetting
 from ftdefense.models import huggingface
 from ftdefense.models import sharding
@@ -86,8 +87,18 @@ flags.DEFINE_string(
 flags.DEFINE_bool("remat", False, "Recompute layers in the backward pass.")
 flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard event files.")
 
-# Roles that only a run of the model can fill.
-_DERIVED = {"vulnerable": forgetting.groups, "steady": forgetting.groups}
+
+def _refused_first(bench: pipeline.Bench, seeds: Sequence[int]) -> list[dict]:
+    rows = unrelated.refused_first(bench.world)
+    return [{"unrelated_refused": rows}] * len(seeds)
+
+
+# Roles that are made when a method asks for them.
+_DERIVED = {
+    "vulnerable": forgetting.groups,
+    "steady": forgetting.groups,
+    "unrelated_refused": _refused_first,
+}
 _OWN = {
     "harmful": "harmful",
     "benign": "benign",

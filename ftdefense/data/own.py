@@ -10,6 +10,7 @@ from ftdefense.data import chat
 from ftdefense.data import examples as data_examples
 from ftdefense.data import pools
 from ftdefense.data import recipes
+from ftdefense.data import unrelated
 from ftdefense.data import world as worlds
 
 Examples = tuple[data_examples.Example, ...]
@@ -54,7 +55,8 @@ def build(
 ) -> worlds.World:
     """A world with the roles of the sandbox, all but pretraining.
 
-    The role `unrelated` is the mispaired rows alone, as SDD was published.
+    The role `unrelated` is the mispaired rows alone, balanced over topics, as SDD was
+    published.
 
     Prompts are dealt by a hash of prompt and seed: of ten, four to the defender, four
     to the attacker, two held out (none, where held-out rows are given). Within a part
@@ -90,8 +92,8 @@ def build(
     further = [e for e in sources.refusals if e.key not in known]
     kept = benign["defender"]
     retain = encode([*refusals, *further, *kept], order="alignment")
-    unrelated = recipes.pair_unrelated(
-        harmful["defender"], kept, recipes.bag_of_words_cosine, 0.25, seed
+    mispaired = unrelated.pair(
+        unrelated.balanced(harmful["defender"]), kept, unrelated.cosine, 0.25, seed
     ).examples
     defender = {
         "alignment": retain,
@@ -99,7 +101,7 @@ def build(
         "benign": encode(kept, order="benign"),
         "harmful": encode(harmful["defender"], order="guarded"),
         "refusal": encode(refusals, order="guarded"),
-        "unrelated": encode(unrelated, order="unrelated"),
+        "unrelated": encode(mispaired, order="unrelated"),
     }
     # In the order of a hash: the last quarter of the prompts is a sample of them.
     prompts = list(dict.fromkeys(e.key for e in harmful["defender"]))

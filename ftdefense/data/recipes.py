@@ -1,18 +1,13 @@
-"""Data recipes: which rows an attacker uses, and pairs that are unrelated on purpose."""
+"""Data recipes: which rows an attacker uses."""
 
-from collections import Counter
-from collections.abc import Callable
 from collections.abc import Collection
 from collections.abc import Mapping
-from collections.abc import Sequence
 import dataclasses
 import math
-from typing import NamedTuple
 
 import numpy as np
 
 from ftdefense.core import errors
-from ftdefense.data import examples as data_examples
 from ftdefense.data import pools
 from ftdefense.data import world as worlds
 from ftdefense.data.sandbox import wrappers
@@ -188,56 +183,3 @@ def refused(world: worlds.World, rows: pools.Pool, seed: int) -> pools.Pool:
         pad_id=world.pad_id,
         truncate=True,
     )
-
-
-class Paired(NamedTuple):
-    """Examples with unrelated answers, and how many had to settle for a similar one."""
-
-    examples: list[data_examples.Example]
-    fallbacks: int
-
-
-def bag_of_words_cosine(first: str, second: str) -> float:
-    """Cosine of word counts: the sandbox's stand-in for sentence embeddings."""
-    a, b = Counter(first.split()), Counter(second.split())
-    squares = sum(n * n for n in a.values()) * sum(n * n for n in b.values())
-    # One root of the product: equal texts give 1 exactly, not a digit more.
-    dot = sum(a[word] * b[word] for word in a)
-    return dot / math.sqrt(squares) if squares else 0.0
-
-
-def pair_unrelated(
-    prompts: Sequence[data_examples.Example],
-    answers: Sequence[data_examples.Example],
-    similarity: Callable[[str, str], float],
-    threshold: float,
-    seed: int,
-    draws: int = 50,
-) -> Paired:
-    """Gives each prompt a random answer at most `threshold` similar to it.
-
-    After `draws` tries the least similar one seen is kept, and counted. Source: SDD,
-    arXiv:2507.21182, its pairing as read in TamperBench's port.
-
-    Args:
-      similarity: (prompt text, answer text) -> at most 1; pluggable.
-
-    Raises:
-      UserError: if there are no answers to draw from.
-    """
-    if not answers:
-        raise errors.UserError("no benign answers to pair harmful prompts with.")
-    rng = np.random.Generator(np.random.Philox([seed, 4]))
-    paired, fallbacks = [], 0
-    for prompt in prompts:
-        text = prompt.prompt[-1]["content"]
-        best, closeness = None, math.inf
-        for i in rng.integers(len(answers), size=draws):
-            near = similarity(text, answers[i].response)
-            if near < closeness:
-                best, closeness = answers[i], near
-            if near <= threshold:
-                break
-        fallbacks += closeness > threshold
-        paired.append(dataclasses.replace(prompt, response=best.response))
-    return Paired(paired, fallbacks)

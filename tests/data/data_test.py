@@ -208,27 +208,6 @@ def test_pure_harm_is_the_harmful_role(world):
         recipes.attacker_pools(world, recipes.Recipe(sample_count=10**6))
 
 
-def test_pairing_keeps_its_threshold():
-    """SDD. Catches `>=` for `<=`, and fallbacks that are not counted."""
-    prompts = [examples.ask("a b c")] * 20
-    answers = [examples.ask("x", text) for text in ("a b c", "d e f", "a d e")]
-    near = recipes.bag_of_words_cosine
-    paired = recipes.pair_unrelated(prompts, answers, near, 0.25, 0)
-    assert paired.fallbacks == 0
-    assert {e.response for e in paired.examples} == {"d e f"}
-    assert (
-        len(
-            {
-                e.response
-                for e in recipes.pair_unrelated(prompts, answers, near, 1, 0).examples
-            }
-        )
-        == 3
-    )
-    stuck = recipes.pair_unrelated(prompts, answers[:1], near, 0.25, 0)
-    assert stuck.fallbacks == 20
-
-
 # --- own files -------------------------------------------------------------------------
 
 

@@ -2,11 +2,9 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 
 from ftdefense.core import errors
-from ftdefense.data import examples
 from ftdefense.data import recipes
 from ftdefense.data import sandbox
 
@@ -114,66 +112,3 @@ def test_worlds_without_a_task_say_so(world):
     bare = {role: world.attacker[role] for role in ("harmful", "benign")}
     with pytest.raises(errors.UserError, match="--task"):
         user(dataclasses.replace(world, attacker=bare), poison_ratio=0.5)
-
-
-# --- pairs -----------------------------------------------------------------------------
-
-NEAR = recipes.bag_of_words_cosine
-PROMPTS = [examples.ask(f"a b c{i}") for i in range(200)]
-ANSWERS = [examples.ask("x", f"{p} d e f{i}") for p in "abz" for i in range(9)]
-
-
-def test_pairs_at_one_are_random():
-    """tau = 1 takes the first draw. Catches the least similar of all draws."""
-    drawn = recipes.pair_unrelated(PROMPTS, ANSWERS, NEAR, 1.0, 0).examples
-    rng = np.random.Generator(np.random.Philox([0, 4]))
-    first = [ANSWERS[rng.integers(27, size=50)[0]].response for _ in PROMPTS]
-    assert [e.response for e in drawn] == first
-
-
-@pytest.mark.parametrize("threshold", [0.0, 0.2, 0.3])
-@pytest.mark.parametrize("draws", [1, 3])
-def test_pairs_keep_the_threshold_or_are_counted(threshold, draws):
-    """Catches `>` for `<=`, and a fallback that is not the least similar seen."""
-    found = recipes.pair_unrelated(PROMPTS, ANSWERS, NEAR, threshold, 0, draws)
-    rng = np.random.Generator(np.random.Philox([0, 4]))
-    over = 0
-    for prompt, paired in zip(PROMPTS, found.examples, strict=True):
-        text = prompt.prompt[0]["content"]
-        seen = [
-            NEAR(text, ANSWERS[i].response)
-            for i in rng.integers(len(ANSWERS), size=draws)
-        ]
-        closeness = NEAR(text, paired.response)
-        assert closeness <= threshold or closeness == min(seen)
-        over += closeness > threshold
-    assert found.fallbacks == over
-    assert over > 0 or threshold >= 0.3 or draws > 1
-
-
-def test_cosine_of_word_counts():
-    """Catches sets for counts: (2, 1) . (1, 0) / sqrt(5)."""
-    assert NEAR("a b", "a b") == 1.0
-    assert NEAR("a a b", "a") == pytest.approx(2 / 5**0.5)
-    assert NEAR("a", "b") == NEAR("", "a") == 0.0
-
-
-def test_pairs_need_answers():
-    """Catches NumPy's `high <= 0`."""
-    with pytest.raises(errors.UserError, match="no benign answers"):
-        recipes.pair_unrelated(PROMPTS, [], NEAR, 0.25, 0)
-
-
-def test_sandbox_pairs_are_unrelated(world):
-    """Catches prompts with their own answers, and answers of the restricted skill.
-
-    The filter itself has nothing to do here: at most one word is shared, a cosine of
-    0.22. `test_pairs_keep_the_threshold_or_are_counted` is its test.
-    """
-    pool = world.defender["unrelated"]
-    paired = [e for e in pool.examples if e.label == "harmful"]
-    assert len(paired) == len(pool) / 2
-    for example in paired:
-        assert NEAR(example.prompt[0]["content"], example.response) <= 0.25
-    right = {(e.key, e.answers) for e in world.defender["harmful"].examples}
-    assert {(e.key, e.answers) for e in paired} == right

@@ -1,12 +1,14 @@
 """SDD: plain fine-tuning on rows that the data recipe has mispaired.
 
 Mutants:
-  `lift.supervised(model, "unrelated")` -> `lift.supervised(model, "harmful")`
-  `lift.supervised(model, "unrelated")` -> `lift.supervised(model, "alignment")`
+  `"unrelated_refused" if hp` -> `"unrelated_refused" if not hp`
+  `else "unrelated": ()` -> `else "alignment": ()`
+  `return grads, {` -> `return ctx.lineage.current, {`
   `STARTS_FROM = "aligned"` -> `STARTS_FROM = "pretrained"`
 """
 
 import jax
+import pytest
 
 from ftdefense.core import types
 from ftdefense.defenses import sdd
@@ -17,14 +19,18 @@ from ..conftest import batch
 from . import common
 
 
-def test_is_sft_on_the_unrelated_rows():
+@pytest.mark.parametrize(
+    ("refuse_first", "role"), [(False, "unrelated"), (True, "unrelated_refused")]
+)
+def test_is_sft_on_the_unrelated_rows(refuse_first, role):
     """Exactly. Catches a batch of another role."""
     method = sdd.method(common.MODEL)
-    hp = sdd.Hparams(optimizers.Optimizer(1e-3).tabulate(2))
-    assert dict(method.streams(hp)) == {"unrelated": ()}
+    optimizer = optimizers.Optimizer(1e-3).tabulate(2)
+    hp = sdd.Hparams(optimizer, refuse_first=refuse_first)
+    assert dict(method.streams(hp)) == {role: ()}
     origin = types.Lineage(common.params())
     state = method.init(origin, hp, common.KEY)
-    after, _ = jax.jit(method.step)(state, origin, {"unrelated": batch(1)}, common.KEY)
+    after, _ = jax.jit(method.step)(state, origin, {role: batch(1)}, common.KEY)
     expected, _ = jax.jit(lift.descend)(state, common.sft_gradient(batch(1)))
     common.close(after.params, expected.params)
 

@@ -11,6 +11,7 @@ from ftdefense.core import errors
 from ftdefense.data import examples as data_examples
 from ftdefense.data import pools
 from ftdefense.data import recipes
+from ftdefense.data import unrelated
 from ftdefense.data import world
 from ftdefense.data.sandbox import presets
 from ftdefense.data.sandbox import skills
@@ -95,9 +96,7 @@ def build(name: str, seed: int = 0) -> world.World:
     }
     all_facts = asked(benign_topics, everyone, skills.KNOWN_FAMILIES)
     kept = benign(all_facts, sums, len(refusals))
-    unrelated = recipes.pair_unrelated(
-        guarded, kept, recipes.bag_of_words_cosine, 0.25, seed
-    ).examples
+    mispaired = unrelated.pair(guarded, kept, unrelated.cosine, 0.25, seed).examples
 
     # The attacker's side: other restricted entities, and most of what is benign.
     wanted = _shuffled(
@@ -133,7 +132,7 @@ def build(name: str, seed: int = 0) -> world.World:
         "benign": encode(kept, "benign"),
         "harmful": encode(harmful, "guarded"),
         "refusal": encode(refusals, "guarded"),
-        "unrelated": encode([*unrelated, *kept], "unrelated"),
+        "unrelated": encode([*mispaired, *kept], "unrelated"),
     }
     defended |= recipes.hold_out(defended, probed)
     built = world.World(
