@@ -94,14 +94,9 @@ def main() -> None:
         seed=seeds[0],
     )
     audit = parts.Audit(bench, searcher, runner, given, seeds)
-    if workers.enlisted():
-        workers.share(audit.units(), audit.repeats)
+    spent = workers.split(audit.units(), workdir / "verdict.json", then=audit.repeats)
+    if spent is None:
         return
-    number = workers.count(len(audit.units()))
-    # Where a verdict is, there is nothing to do but to read.
-    spent = {}
-    if number > 1 and not (workdir / "verdict.json").is_file():
-        spent = workers.fill(number, len(audit.units()))
     audited, references = audit.audited, audit.references
     found = audit.attack(audited)
     scale = {one.name: audit.for_scale(one).trials() for one in references}

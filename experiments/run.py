@@ -115,13 +115,8 @@ def main() -> None:
         for company in companies
         for pair in pairs
     ]
-    if workers.enlisted():
-        workers.share(units)
+    if workers.split(units, workdir / "results.jsonl", bench.start) is None:
         return
-    number = workers.count(len(units))
-    # Where results are, there is nothing to do but to read.
-    if number > 1 and not (workdir / "results.jsonl").is_file():
-        workers.fill(number, len(units), bench.start)
     rows = run(runner, pairs, companies)
     write(workdir, rows, runner.generations)
     checkpoint.write_json(

@@ -2,7 +2,7 @@
 
 On models of the sandbox's size XLA's threads wait for each other, and tracing has one:
 two processes on a core each get more done than one on both (bench.py has the ratio of
-steps alone). A worker is the same command with --worker=i/n: it fills the work directory,
+steps alone). A worker is the same command with --worker=i/n/parent: it fills the work directory,
 unit by unit, with what the command then reads.
 """
 
@@ -39,7 +39,7 @@ flags.DEFINE_integer(
     "for the sandbox on a CPU, else one in all.",
     lower_bound=1,
 )
-flags.DEFINE_string("worker", "", "Set by --jobs for its processes: i/n.")
+flags.DEFINE_string("worker", "", "Set by --jobs for its processes: i/n/parent.")
 
 Units = list[tuple[str, Callable[[], Any]]]  # Name, and what is to be done.
 
@@ -54,13 +54,33 @@ def count(units: int) -> int:
     return min(len(_cores()), units)
 
 
-def fill(
-    number: int, units: int, first: Callable[[], Any] = lambda: None
-) -> dict[str, float]:
-    """Has `number` workers do the units that they claim, to be read by whoever asks next.
+def split(
+    units: Units,
+    finished: pathlib.Path,
+    first: Callable[[], Any] = lambda: None,
+    then: Callable[[], Units] | None = None,
+) -> dict[str, float] | None:
+    """Has workers do the units, where several would help; a worker does its part.
 
     Args:
-      first: what all units begin with; it is done here, on all cores, while they start.
+      finished: a file; where it is, there is nothing to do but to read.
+      first: what all units begin with; it is done on all cores, while workers start.
+      then: more units, which need all of the first.
+
+    Returns:
+      The seconds that each unit took a worker; None to a worker, which is then done.
+    """
+    if _enlisted():
+        _share(units, then)
+        return None
+    number = count(len(units))
+    if number == 1 or finished.is_file():
+        return {}
+    return _fill(number, len(units), first)
+
+
+def _fill(number: int, units: int, first: Callable[[], Any]) -> dict[str, float]:
+    """Has `number` workers do the units that they claim, to be read by whoever asks next.
 
     Returns:
       The seconds that each unit took.
@@ -69,8 +89,10 @@ def fill(
       UserError: what a worker raised, or that one died of something else.
     """
     claims = _claims()
-    shutil.rmtree(claims, ignore_errors=True)  # Of an earlier run.
     claims.mkdir(parents=True)
+    alive = (claims / "parent").open("w")
+    fcntl.flock(alive, fcntl.LOCK_EX)
+    _sweep(claims.parent)
     running = [_worker(i, number) for i in range(number)]
     try:
         first()
@@ -95,20 +117,23 @@ def fill(
             process.terminate()
             process.wait()
             process.stdin.close()
+    alive.close()
+    said = [path.read_text() for path in claims.glob("*.error")]
+    done = [json.loads(path.read_text()) for path in claims.glob("*.done")]
+    shutil.rmtree(claims)
+    with contextlib.suppress(OSError):  # Another command's may be there.
+        claims.parent.rmdir()
     if failed:
-        said = [path.read_text() for path in claims.glob("*.error")]
         said = said or [f"{failed} of {number} processes failed: see above."]
         raise errors.UserError(
             f"{said[0]} What else is finished is kept; the same command goes on from there."
         )
-    done = [json.loads(path.read_text()) for path in claims.glob("*.done")]
-    shutil.rmtree(claims)
     return {one["unit"]: one["seconds"] for one in done}
 
 
 def _worker(i: int, number: int) -> subprocess.Popen:
     # Flags given twice: the last one counts.
-    command = [sys.executable, *sys.argv, f"--worker={i}/{number}"]
+    command = [sys.executable, *sys.argv, f"--worker={i}/{number}/{os.getpid()}"]
     return start(command, i, number, stdin=subprocess.PIPE)
 
 
@@ -149,7 +174,7 @@ def _pinned(cores: list[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def enlisted() -> bool:
+def _enlisted() -> bool:
     """Whether this process is a worker; it then ends when the one that started it does."""
     if not FLAGS.worker:
         return False
@@ -166,7 +191,7 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def share(units: Units, then: Callable[[], Units] | None = None) -> None:
+def _share(units: Units, then: Callable[[], Units] | None = None) -> None:
     """What a worker does: those units, in this order, that no other has claimed.
 
     Args:
@@ -179,7 +204,7 @@ def share(units: Units, then: Callable[[], Units] | None = None) -> None:
     if then is not None:
         while not all(_done(name).exists() for name, _ in units):
             time.sleep(0.1)
-        share(then())
+        _share(then())
 
 
 def _guarded(do: Callable[[], Any]) -> None:
@@ -220,4 +245,14 @@ _HELD = []  # Open files: a lock ends with its process, whichever way.
 
 
 def _claims() -> pathlib.Path:
-    return settings.workdir() / "claims"
+    """A folder for each command: two may share a work directory, whose stages lock."""
+    parent = FLAGS.worker.rpartition("/")[2] or os.getpid()
+    return settings.workdir() / "claims" / str(parent)
+
+
+def _sweep(folder: pathlib.Path) -> None:
+    """Removes the claims of commands that were killed, whose lock went with them."""
+    for claims in folder.iterdir():
+        with contextlib.suppress(OSError), (claims / "parent").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(claims, ignore_errors=True)

@@ -167,18 +167,18 @@ PUBLISHED = {
 }
 # Chosen on `none` alone, in a world of its own (--world_seed=7): BUILD_NOTES.md.
 SANDBOX_RATES = {
-    "booster": 1e-2,
-    "ctrap": 1e-2,
-    "vaa": 1e-4,
+    "booster": 1e-3,
+    "ctrap": 1e-3,
+    "vaa": 3e-4,
     "vaccine": 3e-3,
     "sdd": 1e-4,
     "unlearn_smooth": 1e-4,
-    "antibody": 1e-2,
+    "antibody": 3e-3,
     "t_vaccine": 1e-2,
     "repnoise": 1e-4,
     "seam": 1e-4,
-    "lisa": 1e-2,
-    "panacea": 1e-2,
-    "antidote_pruning": 1e-3,
+    "lisa": 3e-4,
+    "panacea": 3e-4,
+    "antidote_pruning": 3e-3,
     "sbr": 3e-4,
 }

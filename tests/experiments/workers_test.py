@@ -20,8 +20,8 @@ def python(call, tmp_path):
         script = tmp_path / "lines.py"
         begin = ("import sys", f"sys.path.insert(0, {str(ROOT / 'experiments')!r})")
         begin += ("import workers", "workers.FLAGS(sys.argv)")
+        begin += ("workers._claims().mkdir(parents=True)",)
         script.write_text("\n".join([*begin, *lines]))
-        (tmp_path / "claims").mkdir()
         done = call(script, f"--workdir={tmp_path}")
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -51,7 +51,7 @@ def test_a_worker_leaves_its_error_to_its_parent(python):
     said = python(
         "def fail(): raise workers.errors.UserError('step 3: NaN.')",
         "try:",
-        "    workers.share([('a', fail), ('b', lambda: print('went on'))])",
+        "    workers._share([('a', fail), ('b', lambda: print('went on'))])",
         "except SystemExit as error:",
         "    print(error.code)",
         "print(*[path.read_text() for path in workers._claims().glob('*.error')])",
@@ -65,10 +65,10 @@ def test_a_unit_is_done_once(python):
         "units = [(name, lambda name=name: print(name)) for name in 'ab']",
         "held = workers._claim('a')",
         "assert held.__enter__()",
-        "workers.share(units)",
+        "workers._share(units)",
         "held.__exit__(None, None, None)",
         "workers._HELD.clear()",
-        "workers.share(units, then=lambda: [('c', lambda: print('c'))])",
+        "workers._share(units, then=lambda: [('c', lambda: print('c'))])",
     )
     assert said.split() == ["b", "c"]
 
@@ -76,9 +76,14 @@ def test_a_unit_is_done_once(python):
 def test_a_worker_ends_with_its_parent():
     """Catches a worker that trains on after its command was killed."""
     lines = ("import sys, time, workers", "workers.FLAGS(sys.argv)")
-    lines += ("assert workers.enlisted()", "print('here', flush=True)")
+    lines += ("assert workers._enlisted()", "print('here', flush=True)")
     worker = subprocess.Popen(
-        [sys.executable, "-c", "\n".join([*lines, "time.sleep(600)"]), "--worker=0/1"],
+        [
+            sys.executable,
+            "-c",
+            "\n".join([*lines, "time.sleep(600)"]),
+            "--worker=0/1/1",
+        ],
         cwd=ROOT / "experiments",
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdin=subprocess.PIPE,
@@ -105,3 +110,19 @@ def test_how_many_and_where(python):
     every = min(4, len(os.sched_getaffinity(0)))
     assert counts == f"{every} 3 4 1 1"
     assert parts == ["[[0], [3, 5]]", "[[4], [5], [6]]", "[[1], [2], [1]]"]
+
+
+def test_two_commands_keep_their_claims_apart(python):
+    """Catches a command that clears another's claims, and those of a killed one that stay."""
+    said = python(
+        "import fcntl",
+        "folder = workers._claims().parent",
+        "for name in ('killed', 'running'):",
+        "    (folder / name).mkdir()",
+        "    (folder / name / 'parent').touch()",
+        "held = (folder / 'running' / 'parent').open()",
+        "fcntl.flock(held, fcntl.LOCK_EX)",
+        "workers._sweep(folder)",
+        "print(sorted(path.name for path in folder.iterdir() if not path.name.isdigit()))",
+    )
+    assert said == "['running']\n"
