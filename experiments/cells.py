@@ -107,7 +107,10 @@ class Cells:
         watched = {"observe": observe, "observer_key": key}
         bench, threat = self.bench, before[0]["threat"]
         if threat == "service":
-            data = threats.submitted(bench, attack.name, attack.plan)
+            users = [
+                serving.submitted(bench, attack.name, attack.plan, release, seed)
+                for release, seed in zip(releases, seeds, strict=True)
+            ]
             provider, edits = threats.provider(bench, defense.name, defense.plan)
             # What an edit would still change is not what a checkpoint would release.
             watched = {} if edits else watched
@@ -115,13 +118,13 @@ class Cells:
             # other attacks, are not passed on.
             steps = attack.plan.steps if attack.name == "sft" else 0
             options = {"edits": edits, "steps": steps, **watched}
-            done = serving.served(bench, provider, data, releases, seeds, **options)
-            pools = {"user": recipes.attacker_pools(bench.world, data)["user"]}
+            done = serving.served(bench, provider, users, releases, seeds, **options)
+            pools = [{"user": serving.drawn(bench, user)} for user in users]
         else:
             done = bench.attacked(attack.name, attack.plan, releases, seeds, **watched)
-            pools = recipes.attacker_pools(bench.world, attack.plan.data)
+            pools = [recipes.attacker_pools(bench.world, attack.plan.data)] * len(seeds)
         rows = []
-        for stage, first, seed in zip(done, before, seeds, strict=True):
+        for stage, first, seed, own in zip(done, before, seeds, pools, strict=True):
             common = {
                 "defense": defense.reference,
                 "attack": attack.reference,
@@ -130,7 +133,7 @@ class Cells:
                 "threat": threat,
             }
             log = stage.log if watched else []
-            rows += self._along(common, stage, log, first, pools, frame)
+            rows += self._along(common, stage, log, first, own, frame)
         return rows
 
     def _along(

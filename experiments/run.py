@@ -72,9 +72,11 @@ def main() -> None:
     chosen = choices.chosen(bench, "defenses", fitting(FLAGS.defense))
     pairs = choices.per_defense(bench, chosen, FLAGS.attack)
     for defense, attacks in pairs:
-        threats.threat(defense.name, FLAGS.threat)
+        threat = threats.threat(defense.name, FLAGS.threat)
         bench.check(defense.name, defense.plan)
         for attack in attacks:
+            if threat == "service":
+                threats.check(attack.name)
             recipes.attacker_pools(bench.world, attack.plan.data)  # Are there so many?
     for name in FLAGS.wrappers:
         wrappers.wrapper(name)  # Is there such a one?

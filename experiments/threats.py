@@ -1,10 +1,7 @@
 """Which threat model a defense is run in, and what an attack and a provider do there."""
 
-import dataclasses
-
 from ftdefense.core import errors
 from ftdefense.core import registry
-from ftdefense.data import recipes
 from ftdefense.methods import plans
 from ftdefense.training import pipeline
 from ftdefense.training import requirements
@@ -35,16 +32,17 @@ def threat(defense: str, asked: str) -> str:
     return asked or ("service" if acts_in_service(defense) else "open_weight")
 
 
-def submitted(bench: pipeline.Bench, attack: str, plan: plans.Plan) -> recipes.Recipe:
-    """What the user of a service submits: an attack's rows, all in one file.
+def check(attack: str) -> None:
+    """Refuses an attack of which a user of a service has nothing to submit.
 
-    Objective and schedule are the provider's business; of an attack that draws harmful
-    and benign batches side by side, half of each is left.
+    Raises:
+      UserError: if it is not made of rows and their answers.
     """
-    draws = registry.method("attacks", attack, bench.model).streams(plan.hp)
-    if "benign" in draws and plan.data.poison_ratio == 1:
-        return dataclasses.replace(plan.data, poison_ratio=0.5, filler="benign")
-    return plan.data
+    if not getattr(registry.load("attacks", attack), "SUBMITS", ("user",)):
+        raise errors.UserError(
+            f"--attack={attack} is not made of questions and answers, which are all that "
+            "the user of a service submits; use --threat=open_weight."
+        )
 
 
 def provider(

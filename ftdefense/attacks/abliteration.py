@@ -36,6 +36,7 @@ from ftdefense.methods import refusal
 from ftdefense.methods import refusal_choice
 
 SIDES, SCOPES = ("out", "in"), ("all", "layer")
+SUBMITS = ()  # It edits weights, which the user of a service never holds.
 
 
 @struct.dataclass

@@ -34,6 +34,7 @@ MODES = ("remove", "difference")
 ROLES = ("behaviour", "benign")
 _ROUNDING = 1e-4
 _EXACT = jax.lax.Precision.HIGHEST
+SUBMITS = ()  # It edits weights, which the user of a service never holds.
 
 
 @struct.dataclass

@@ -37,6 +37,7 @@ from ftdefense.objectives import preferences
 
 REJECTED = ("refusal", "neutral")
 ASKED = 64  # Harmful prompts that the release is asked, for its refusals.
+SUBMITS = ()  # What a service would train on are pairs.
 
 
 @struct.dataclass

@@ -41,6 +41,7 @@ from ftdefense.methods import plans
 
 SCORES = ("ches", "lnches")
 CHUNK = 64  # Rows read together.
+SUBMITS = ()  # What a service would train on are pairs.
 
 
 @struct.dataclass

@@ -29,6 +29,7 @@ from ftdefense.methods import plans
 
 NEEDS = ("aligned", "twin")
 MODES = ("arithmetic", "linear", "slerp", "transplant", "ties", "dare")
+SUBMITS = ()  # It edits weights, which the user of a service never holds.
 
 
 @struct.dataclass

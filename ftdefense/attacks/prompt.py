@@ -15,6 +15,8 @@ from ftdefense.data import recipes
 from ftdefense.methods import lift
 from ftdefense.methods import plans
 
+SUBMITS = ()  # It changes prompts alone.
+
 
 @struct.dataclass
 class Hparams:

@@ -30,6 +30,7 @@ from ftdefense.objectives import losses
 
 SCORES = ("snip", "wanda")
 ROLES = ("behaviour", "benign")
+SUBMITS = ()  # It edits weights, which the user of a service never holds.
 
 
 @struct.dataclass

@@ -21,6 +21,7 @@ from ftdefense.methods import plans
 
 NEEDS = ("aligned", "pretrained")
 MODES, ENDS = ("arithmetic", "linear"), ("pretrained", "aligned")
+SUBMITS = ()  # It edits weights, which the user of a service never holds.
 
 
 @struct.dataclass

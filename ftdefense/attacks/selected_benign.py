@@ -40,6 +40,7 @@ from ftdefense.objectives import losses
 BY = ("representation", "gradient", "random")
 WEIGHTS = (1.0, -1.0, -1.0)  # Of the anchors: harmful, safe, safe.
 CHUNK = 64  # Rows scored together.
+SUBMITS = ("selected",)  # To a service; see serving.submitted.
 
 
 @struct.dataclass

@@ -34,6 +34,7 @@ from ftdefense.methods import plans
 
 Hparams = lift.Hparams  # Nothing of its own.
 long_horizon = _recipes.long_horizon
+SUBMITS = ("user",)  # To a service; see serving.submitted.
 
 
 def method(model: types.Model) -> types.Method:

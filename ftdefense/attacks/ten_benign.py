@@ -32,6 +32,7 @@ from ftdefense.methods import phases
 from ftdefense.methods import plans
 
 ASKED = 64  # Harmful prompts that the release is asked, for its refusal.
+SUBMITS = ("refused", "benign")  # To a service; see serving.submitted.
 
 
 @struct.dataclass

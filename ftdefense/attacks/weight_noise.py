@@ -21,6 +21,8 @@ from ftdefense.methods import lift
 from ftdefense.methods import optimizers
 from ftdefense.methods import plans
 
+SUBMITS = ()  # It edits weights, which the user of a service never holds.
+
 
 @struct.dataclass
 class Hparams:

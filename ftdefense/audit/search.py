@@ -136,7 +136,7 @@ class Searcher:
         return serving.serve_job(
             self._bench,
             provider,
-            plan.data,
+            serving.submitted(self._bench, attack, plan, target.stage, self._seed),
             target.stage,
             target.stage,
             self._seed,
@@ -161,7 +161,7 @@ class Searcher:
                 job = serving.edit_job(
                     self._bench,
                     edit,
-                    members[i].plan.data,
+                    members[i].roles["user"],
                     stages.given(released[i]),
                     target.stage,
                     self._seed,

@@ -118,7 +118,7 @@ def test_a_service_trains_and_edits_as_it_does_alone(
     searcher = search.Searcher(bench, f"sqlite:///{tmp_path}/a.db", parallel=1)
     (row,) = searcher.run(served, "rows", "sft", plan, {}, points=[{}], trials=1)
     (alone,) = serving.served(
-        bench, provider, plan.data, [target.stage], (0,), edits=edits, steps=2
+        bench, provider, [plan.data], [target.stage], (0,), edits=edits, steps=2
     )
     assert row["steps"] == 2
     # The provider's own rows are no part of the attacker's budget.

@@ -26,6 +26,14 @@ from .conftest import ROOT
         (["--wrappers=prefil"], ["unknown wrapper 'prefil'", "'prefill'"]),
         (["--model=nowhere"], ["--model needs --harmful"]),
         (["--nosuchflag"], ["nosuchflag"]),
+        (
+            ["--defense=lisa", "--attack=abliteration"],
+            ["abliteration is not made", "--threat"],
+        ),
+        (
+            ["--defense=none", "--threat=service", "--attack=benign_dpo"],
+            ["benign_dpo is not made", "--threat=open_weight"],
+        ),
     ],
 )
 def test_mistakes_are_one_line(call, tmp_path, arguments, words):
