@@ -108,7 +108,7 @@ _CODE = Hparams(
 )
 
 PRESETS = {
-    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX_ALIGNMENT, lam=1.0)),
+    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX_ALIGNMENT, lam=0.1)),
     "code": plans.Plan(
         _CODE, batch_size=10, epochs=20, source="clearloveclearlove/CTRAP bb0f07e"
     ),

@@ -104,7 +104,7 @@ def method(model: types.Model) -> types.Method:
 _CODE = Hparams(optimizers.Optimizer(1e-4, weight_decay=0.1))
 
 PRESETS = {
-    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX_ALIGNMENT, rho=2.0)),
+    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX_ALIGNMENT, rho=0.1)),
     "code": plans.Plan(
         _CODE,
         batch_size=8,
