@@ -114,9 +114,9 @@ class Cells:
             provider, edits = threats.provider(bench, defense.name, defense.plan)
             # What an edit would still change is not what a checkpoint would release.
             watched = {} if edits else watched
-            # Steps that plain sft names are the user's wish; epochs, and the steps of
-            # other attacks, are not passed on.
-            steps = attack.plan.steps if attack.name == "sft" else 0
+            # Steps that an attack by rows names are the user's wish; epochs, and the
+            # steps of other attacks, are not passed on.
+            steps = attack.plan.steps if threats.of_rows(attack.name) else 0
             options = {"edits": edits, "steps": steps, **watched}
             done = serving.served(bench, provider, users, releases, seeds, **options)
             pools = [{"user": serving.drawn(bench, user)} for user in users]

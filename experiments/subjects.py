@@ -106,10 +106,11 @@ def own_family(reference: str) -> tuple[str, attack_family.Family]:
     name, family = attack_family.of_attack(reference)
     if not in_service():
         return name, family
-    if family.attack != "sft":
+    if not threats.of_rows(family.attack):
         raise errors.UserError(
             f"--attack={reference}: of an attack on a service only rows and steps count; "
-            f"give sft:PRESET, or use run.py --defense={_name()} --attack={reference}."
+            "give one that is made of rows, as sft:PRESET, or use run.py "
+            f"--defense={_name()} --attack={reference}."
         )
     return name, dataclasses.replace(family, space={}, points=[{}], trials=(1, 1, 1))
 

@@ -32,6 +32,11 @@ def threat(defense: str, asked: str) -> str:
     return asked or ("service" if acts_in_service(defense) else "open_weight")
 
 
+def of_rows(attack: str) -> bool:
+    """Whether an attack is what the user of a service submits, and nothing else."""
+    return bool(getattr(registry.load("attacks", attack), "SUBMITS", ()))
+
+
 def check(attack: str) -> None:
     """Refuses an attack of which a user of a service has nothing to submit.
 

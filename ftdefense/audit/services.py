@@ -17,12 +17,16 @@ _RATIO = "data.poison_ratio"
 
 
 def _family(
-    space: dict[str, Any], points: list[dict[str, Any]], *fixed: str
+    space: dict[str, Any],
+    points: list[dict[str, Any]],
+    *fixed: str,
+    attack: str = "sft",
+    trials: tuple[int, int, int] = (4, 12, 24),
 ) -> attack_family.Family:
     """At a short budget where points name none; a sweep varies the steps, too."""
     points = [{"steps": families.STEPS, **point} for point in points]
     return attack_family.Family(
-        "sft", {**space, "steps": _STEPS}, points, (4, 12, 24), fixed=fixed
+        attack, {**space, "steps": _STEPS}, points, trials, fixed=fixed
     )
 
 
@@ -40,6 +44,16 @@ FAMILIES: dict[str, attack_family.Family] = {
     "benign rows": _family(
         {}, _points("steps", *_STEPS.values), f"{_RATIO}=0", _BENIGN
     ),
+    # Benign rows that are chosen, or worded, to do harm.
+    "selected benign": _family(
+        {},
+        _points("steps", *_STEPS.values[1:3]),
+        attack="selected_benign",
+        trials=(2, 6, 12),
+    ),
+    "ten benign": _family(
+        {}, _points("steps", *_STEPS.values[1:3]), attack="ten_benign", trials=(2, 4, 8)
+    ),
     "few rows": _family({_COUNT: COUNTS}, _points(_COUNT, *COUNTS.values)),
     "harmful rows": _family({}, _points("steps", *_STEPS.values)),
     # Among rows of the user's task, and among other benign ones.
@@ -52,6 +66,13 @@ FAMILIES: dict[str, attack_family.Family] = {
             for steps in (families.STEPS, 4 * families.STEPS)
         ],
         _BENIGN,
+    ),
+    # Rows that a guard lets pass, which reads words.
+    "virus": _family(
+        {"lam": spaces.Choice((0.1, 0.5))},
+        [{"steps": steps} for steps in _STEPS.values[1::2]],
+        attack="virus",
+        trials=(2, 4, 12),
     ),
     # Frames that the rows and the evaluation share; among benign rows they hide.
     "jailbreak-tuning": _family({_FRAME: FRAMES}, _points(_FRAME, *FRAMES.values)),
