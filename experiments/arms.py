@@ -11,6 +11,7 @@ are averaged over, and writes arms.jsonl.
 from absl import flags
 import choices
 import settings
+import threats
 
 from ftdefense.audit import arms
 from ftdefense.core import types
@@ -69,7 +70,7 @@ def main() -> None:
     bench = settings.bench()
     defenses = choices.chosen(bench, "defenses", FLAGS.defense)
     for defense in defenses:
-        bench.check(defense.name, defense.plan)
+        threats.check_release(bench, defense.name, defense.plan)
     settings.claim(
         workdir, {"data": bench.world.hashes(), "learning_rate": FLAGS.learning_rate}
     )

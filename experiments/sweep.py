@@ -12,6 +12,7 @@ import math
 from absl import flags
 import choices
 import settings
+import threats
 
 from ftdefense.core import config
 from ftdefense.core import types
@@ -37,6 +38,7 @@ def main() -> None:
     workdir, seeds = settings.workdir(), settings.seeds()
     bench = settings.bench()
     (defense,) = choices.chosen(bench, "defenses", [FLAGS.defense])
+    threats.check_release(bench, defense.name, defense.plan)
     (attack,) = choices.chosen(bench, "attacks", [FLAGS.attack])
     chosen = choices.combinations(attack.plan, FLAGS.sweep, "sweep")
     settings.claim(

@@ -18,6 +18,20 @@ def fits(defense: str, threat: str) -> bool:
     return not (threat == "open_weight" and acts_in_service(defense))
 
 
+def check_release(bench: pipeline.Bench, defense: str, plan: plans.Plan) -> None:
+    """Refuses, before anything trains, what makes no weights for an attacker to train.
+
+    Raises:
+      UserError: if the defense acts elsewhere, or this run lacks what it needs.
+    """
+    if acts_in_service(defense):
+        raise errors.UserError(
+            f"--defense={defense} acts while a provider fine-tunes, and this script is "
+            "about released weights; use run.py or audit.py."
+        )
+    bench.check(defense, plan)
+
+
 def threat(defense: str, asked: str) -> str:
     """The threat model of a defense's cells: what was asked for, or its own.
 

@@ -146,6 +146,8 @@ def main() -> None:
     bench = settings.bench()
     defenses = choices.chosen(bench, "defenses", names)
     for defense in defenses:
+        threats.check_release(bench, defense.name, defense.plan)
+    for defense in defenses:
         if not (FLAGS.grid or GRIDS.get(defense.name)):
             raise errors.UserError(f"{defense.name} has no grid; give one with --grid.")
     settings.claim(workdir, {"seed": seed, "data": bench.world.hashes()})

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ftdefense.audit.diagnostics import findings
-from ftdefense.data import recipes
+from ftdefense.data import unrelated
 from ftdefense.evaluation import criteria
 
 Finding = findings.Finding
@@ -76,7 +76,7 @@ def leakage(
         text
         for text in held_out
         if text not in copied
-        and any(recipes.bag_of_words_cosine(text, other) > near for other in distinct)
+        and any(unrelated.cosine(text, other) > near for other in distinct)
     }
     share = sum(t in copied | similar for t in held_out) / max(len(held_out), 1)
     note = f"{len(copied)} texts with a common {n}-gram, {len(similar)} more alike"
