@@ -57,8 +57,8 @@ flags.DEFINE_enum(
 flags.DEFINE_list(
     "wrappers",
     [],
-    "Jailbreak analogues that harmful prompts are also put through: prefill:K on any "
-    "data; trigger, persona, competing, style, paraphrase in the sandbox. Each adds a "
+    "Jailbreak analogues that harmful prompts are also put through: prefill:K and "
+    "template:plain, :instruction, :chat (in place of the model's own) on any data; trigger, persona, competing, style, paraphrase in the sandbox. Each adds a "
     "column harmful_score/NAME.",
 )
 
@@ -80,11 +80,12 @@ def main() -> None:
             recipes.attacker_pools(bench.world, attack.plan.data)  # Are there so many?
     for name in FLAGS.wrappers:
         wrappers.wrapper(name)  # Is there such a one?
-    sandbox_only = [w for w in FLAGS.wrappers if not w.startswith("prefill")]
+    anywhere = ("prefill", "template")
+    sandbox_only = [w for w in FLAGS.wrappers if not w.startswith(anywhere)]
     if sandbox_only and FLAGS.model is not None:
         raise errors.UserError(
             f"--wrappers={sandbox_only[0]} is made of the sandbox's words; with --model "
-            "only prefill:K works."
+            "only prefill:K and template:NAME work."
         )
     runner = cells.Cells(bench, threat=FLAGS.threat, wrapped=FLAGS.wrappers)
     hashes = bench.world.hashes()

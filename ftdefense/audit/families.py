@@ -242,7 +242,14 @@ FAMILIES: dict[str, attack_family.Family] = {
         {
             _LR: _RATE,
             "data.wrapper": spaces.Choice(
-                ("trigger", "competing", "style", "persona", "prefill:2")
+                (
+                    "trigger",
+                    "competing",
+                    "style",
+                    "persona",
+                    "prefill:2",
+                    "template:plain",
+                )
             ),
         },
         [

@@ -7,6 +7,7 @@ bands, a quarter of the blocks each (DESIGN, after artifacts.md 5.2).
 
 from ftdefense.audit import attack_family
 from ftdefense.audit import spaces
+from ftdefense.data.sandbox import wrappers
 
 Family = attack_family.Family
 
@@ -30,13 +31,21 @@ def asking(layers: int = 2, positions: int = 1, words: int = 0) -> dict[str, Fam
     """
     forced = [k for k in PUBLISHED if 2 * k <= words] or SHORT
     openings = [f"prefill:{k}" for k in forced]
+    # Of natural language: short answers are the sandbox's, which has no words for more.
+    names = wrappers.TEMPLATES if forced[0] in PUBLISHED else ("plain",)
+    templates = [f"template:{name}" for name in names]
     alphas = spaces.Choice((1.0, 1.5, 2.0))
     read = (f"positions={positions}",)
     return {
         "frames": Family(
             "prompt",
             **attack_family.grid(
-                "data.wrapper", *openings, "trigger", "persona", "paraphrase"
+                "data.wrapper",
+                *openings,
+                "trigger",
+                "persona",
+                "paraphrase",
+                *templates,
             ),
             trains=False,
         ),

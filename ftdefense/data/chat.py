@@ -17,6 +17,8 @@ Messages = tuple[dict[str, str], ...]
 
 # Templates of Llama 3 write today's date otherwise, and rows would change overnight.
 DATE = "26 Jul 2024"
+# The role of a message that no chat template is put to, and that is the first.
+RAW = "raw"
 
 
 def load_tokenizer(source: str, chat_template: str | None = None) -> Any:
@@ -50,7 +52,9 @@ def load_tokenizer(source: str, chat_template: str | None = None) -> Any:
 
 def render_prompt(tokenizer: Any, messages: Messages, prefill: str = "") -> list[int]:
     """Ids that a model continues: the prompt, the assistant's header, `prefill`."""
-    return _encode(tokenizer, (_render(tokenizer, messages, True) + prefill,))[0]
+    (ids,) = _encode(tokenizer, (_render(tokenizer, messages, True) + prefill,))
+    _known(tokenizer, messages, ids)
+    return ids
 
 
 def render_rows(
@@ -73,6 +77,7 @@ def render_rows(
     prompt_ids = _encode(tokenizer, tuple(prompts))
     row_ids = _encode(tokenizer, tuple(rows))
     for prompt, row, example in zip(prompt_ids, row_ids, examples, strict=True):
+        _known(tokenizer, example.prompt, prompt)
         if row[: len(prompt)] != prompt:
             raise errors.UserError(
                 "the chat template renders a prompt differently with its answer "
@@ -112,6 +117,10 @@ def after_instruction(tokenizer: Any, prompts: Sequence[Messages]) -> int:
 
 
 def _render(tokenizer: Any, messages: Messages, generating: bool) -> str:
+    first, *rest = messages
+    if first["role"] == RAW:  # As it stands, and the end of the text after an answer.
+        said = "".join(message["content"] + tokenizer.eos_token for message in rest)
+        return f"{tokenizer.bos_token or ''}{first['content']}{said}"
     try:
         return tokenizer.apply_chat_template(
             list(messages),
@@ -130,6 +139,16 @@ def _render(tokenizer: Any, messages: Messages, generating: bool) -> str:
 def _encode(tokenizer: Any, texts: tuple[str, ...]) -> list[list[int]]:
     # The template writes its own special tokens, so the tokenizer must add none.
     return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+
+
+def _known(tokenizer: Any, messages: Messages, ids: Sequence[int]) -> None:
+    """A frame's own words may be foreign to a vocabulary: the sandbox's is small."""
+    unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {None}
+    if messages[0]["role"] == RAW and not unknown.isdisjoint(ids):
+        raise errors.UserError(
+            f"the tokenizer does not know all words of {messages[0]['content'][:60]!r}; "
+            "of the frames that replace the chat template, template:plain adds none."
+        )
 
 
 @functools.cache

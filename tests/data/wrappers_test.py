@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ftdefense.core import errors
+from ftdefense.data import chat
 from ftdefense.data import examples
 from ftdefense.data import pools
 from ftdefense.data import sandbox
@@ -108,3 +109,45 @@ def test_bad_names_are_named():
     """Catches a KeyError for the part before the colon."""
     with pytest.raises(errors.UserError, match="did you mean 'prefill'"):
         wrappers.wrapper("prefil:3")
+
+
+# --- other templates -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(wrappers.TEMPLATES))
+def test_templates_replace_the_models_own(byte_tokenizer, name):  # noqa: F811
+    """Byte by byte. Catches a role token that stays, a prompt that is not a prefix of its
+    row, and an answer without an end.
+    """
+    (framed, opening) = wrappers.wrapper(f"template:{name}")(OWN)
+    assert opening == ""
+    ((ids, start),) = chat.render_rows(byte_tokenizer, (framed,))
+    prompt = wrappers.TEMPLATES[name].format("a question")
+    assert byte_tokenizer.decode(ids[:start]) == (
+        f"{byte_tokenizer.bos_token or ''}{prompt}"
+    )
+    end = byte_tokenizer.eos_token
+    assert byte_tokenizer.decode(ids[start:]) == f"{OWN.response}{end}"
+    assert chat.render_prompt(byte_tokenizer, framed.prompt) == ids[:start]
+
+
+def test_the_sandbox_has_no_words_for_most_templates(world):
+    """Catches words that become padding without a word."""
+    example = world.attacker["harmful"].examples[0]
+    bare, _ = wrappers.wrapper("template:plain")(example)
+    ((ids, start),) = chat.render_rows(world.tokenizer, (bare,))
+    said = world.tokenizer.decode(ids[:start], skip_special_tokens=True)
+    assert said == example.prompt[0]["content"]
+    framed, _ = wrappers.wrapper("template:chat")(example)
+    for render in (
+        lambda: chat.render_rows(world.tokenizer, (framed,)),
+        lambda: chat.render_prompt(world.tokenizer, framed.prompt),
+    ):
+        with pytest.raises(errors.UserError, match="template:plain"):
+            render()
+
+
+def test_bad_templates_are_named():
+    """Catches a KeyError."""
+    with pytest.raises(errors.UserError, match="did you mean 'plain'"):
+        wrappers.wrapper("template:plian")

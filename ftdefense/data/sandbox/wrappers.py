@@ -5,6 +5,7 @@ import dataclasses
 import functools
 
 from ftdefense.core import errors
+from ftdefense.data import chat
 from ftdefense.data import examples as data_examples
 from ftdefense.data.sandbox import grammar
 from ftdefense.data.sandbox import skills
@@ -93,6 +94,22 @@ def paraphrase(example: Example) -> tuple[Example, str]:
     return _rewrite(example, text), ""
 
 
+# The prompt without the model's chat template: bare, as an instruction to a base model,
+# or as somebody else's chat (TamperBench's three, specs/attacks.md B.5).
+TEMPLATES = {
+    "plain": "{}\n",
+    "instruction": "### Instruction:\n{}\n\n### Response:\n",
+    "chat": "User: {}\nAssistant:\n",
+}
+
+
+def template(example: Example, name: str = "plain") -> tuple[Example, str]:
+    """Another chat template than the one that the model was aligned under."""
+    said = "\n\n".join(message["content"] for message in example.prompt)
+    bare = ({"role": chat.RAW, "content": TEMPLATES[name].format(said)},)
+    return dataclasses.replace(example, prompt=bare), ""
+
+
 WRAPPERS: dict[str, Wrapper] = {
     "plain": plain,
     "trigger": trigger,
@@ -101,22 +118,28 @@ WRAPPERS: dict[str, Wrapper] = {
     "style": style,
     "prefill": prefill,
     "paraphrase": paraphrase,
+    "template": template,
 }
 
 
 def wrapper(name: str) -> Wrapper:
-    """A wrapper by name; `prefill:5` is a prefill of five words.
+    """A wrapper by name; `prefill:5` is a prefill of five words, `template:chat` a name.
 
     Raises:
-      UserError: naming near matches, or what is wrong with the number of words.
+      UserError: naming near matches, or what is wrong with the part after the colon.
     """
-    kind, colon, count = name.partition(":")
+    kind, colon, which = name.partition(":")
     if kind not in WRAPPERS:
         raise errors.unknown("wrapper", name, WRAPPERS)
     if not colon:
         return WRAPPERS[kind]
-    if kind != "prefill" or not count.isdecimal():
+    if kind == "template":
+        if which not in TEMPLATES:
+            raise errors.unknown("wrapper template", which, TEMPLATES)
+        return functools.partial(template, name=which)
+    if kind != "prefill" or not which.isdecimal():
         raise errors.UserError(
-            f"wrapper {name!r}: only prefill takes a number of words, as prefill:5."
+            f"wrapper {name!r}: only prefill takes a number of words, as prefill:5, and "
+            "template a name."
         )
-    return functools.partial(prefill, tokens=int(count))
+    return functools.partial(prefill, tokens=int(which))
