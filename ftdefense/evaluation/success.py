@@ -32,6 +32,15 @@ def frontier(
     )
 
 
+def recovery(after: float, before: float, base: float) -> float | None:
+    """Share of a lost behaviour that came back: 0 as before, 1 as much as `base` has.
+
+    Source: relearning on unlearned models, specs/attacks.md B.8. None where nothing was
+    lost.
+    """
+    return (after - before) / (base - before) if base > before else None
+
+
 def columns(
     checkpoints: Iterable[Mapping[str, float]], reference: float
 ) -> dict[str, float | bool | str]:
