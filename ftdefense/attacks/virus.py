@@ -150,7 +150,23 @@ def carried(world: worlds.World, harmful, carriers) -> tuple[pools.Pool, np.ndar
         tokens[i, : len(row)] = row
         weights[i, start : len(row)] = 1
         free[i, start : start + len(segment)] = 1
-    return pools.Pool(tokens, weights, "user", tuple(harmful)), free
+    # To the service they are answers to the benign questions.
+    asked = [
+        dataclasses.replace(e, prompt=c.prompt, response=f"{text} {c.response}")
+        for e, c, text in zip(harmful, carriers, texts, strict=True)
+    ]
+    return pools.Pool(tokens, weights, "user", tuple(asked)), free
+
+
+def reworded(world: worlds.World, pool: pools.Pool, tokens: np.ndarray) -> pools.Pool:
+    """The same rows of other tokens, whose examples say what they now answer."""
+    said = [ids[weights > 0] for ids, weights in zip(tokens, pool.weights, strict=True)]
+    texts = world.tokenizer.batch_decode(said, skip_special_tokens=True)
+    examples = (
+        dataclasses.replace(example, response=text)
+        for example, text in zip(pool.examples, texts, strict=True)
+    )
+    return dataclasses.replace(pool, tokens=tokens, examples=tuple(examples))
 
 
 def words(world: worlds.World, size: int) -> np.ndarray:
@@ -189,7 +205,7 @@ def derive(model, world, params, plan, seed) -> dict[str, pools.Pool]:
         tokens, _, _ = searched(
             model, params, guard, allowed, hp, rows, jax.random.key(seed)
         )
-        pool = dataclasses.replace(pool, tokens=np.asarray(tokens))
+        pool = reworded(world, pool, np.asarray(tokens))
     passed = np.flatnonzero(moderation.passes(guard, pool))
     if not len(passed):
         raise errors.UserError(

@@ -19,6 +19,7 @@ from ftdefense.attacks import virus
 from ftdefense.core import errors
 from ftdefense.core import tree
 from ftdefense.core import types
+from ftdefense.data import chat
 from ftdefense.data import moderation
 from ftdefense.data import recipes
 from ftdefense.data import sandbox
@@ -160,8 +161,8 @@ def test_rows_carry_the_harmful_text():
 
 
 def test_more_rows_pass_after_a_search():
-    """Catches a row that is submitted though the guard stops it, special tokens, and a
-    search that changes more than segments.
+    """Catches a row that is submitted though the guard stops it, special tokens, and
+    examples that say another question or answer than the row.
     """
     before = virus.derive(MODEL, WORLD, PARAMS, planned(epochs=0), 0)["user"]
     after = virus.derive(MODEL, WORLD, PARAMS, planned(epochs=12, lam=0.9), 0)["user"]
@@ -172,6 +173,9 @@ def test_more_rows_pass_after_a_search():
     assert len(poisoned(before)) < len(poisoned(after)) <= 4
     assert moderation.passes(GUARD, after)[poisoned(after)].all()
     assert len(after) - len(poisoned(after)) == 16
+    for i in poisoned(after):
+        ((ids, _),) = chat.render_rows(WORLD.tokenizer, (after.examples[i],))
+        assert ids == after.tokens[i][: len(ids)].tolist()
     special = {*WORLD.tokenizer.all_special_ids, WORLD.pad_id}
     assert not special & set(np.flatnonzero(virus.words(WORLD, SIZE)).tolist())
 
