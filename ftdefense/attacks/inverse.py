@@ -5,14 +5,14 @@ Threat       open_weight; knowledge: defense (its method, its hyperparameters, t
              the attacker's own).
 Minimises    L(harmful) + lam * L(benign) - mu * R, by g_h + lam * g_c - mu * ||g_h|| * r,
              with r = g_R / ||g_R|| and g_R the defense's `direction` at its
-             hyperparameters minus its `direction` at its null (`NULL` of its module), on
-             the same rows and the same key.
+             hyperparameters minus its `direction` at its null (`NULL` of its module; an
+             empty one: all of it is R), on the same rows and the same key.
 Source       specs/attacks.md D.3, row P1; after Carlini et al. 2019, arXiv:1902.06705.
 Evidence     DESIGN. The ascent has mu times the length of the harmful gradient, so that
              one mu means the same against every defense, however its R is scaled.
 Differs      R is that of the preset, not of what the defender may have tuned it to. With
              VAA, whose groups take a profile of the defender's run, both are alignment
-             rows. A defense's step counts are read as the attack's own.
+             rows; of SDD's rows the benign ones are left out, as no null cancels them. A defense's step counts are read as the attack's own.
 Reduces to   SideStepper at mu = 0; SFT on the harmful pairs at lam = mu = 0.
 Cost         2 forwards, 2 backwards; and twice those of the defense's step, of which the
              compiler shares what is the same.
@@ -25,6 +25,7 @@ from typing import Any
 from flax import struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ftdefense.core import errors
@@ -33,6 +34,7 @@ from ftdefense.core import tree
 from ftdefense.core import types
 from ftdefense.data import pools
 from ftdefense.data import recipes
+from ftdefense.data import unrelated
 from ftdefense.methods import lift
 from ftdefense.methods import optimizers
 from ftdefense.methods import plans
@@ -105,6 +107,8 @@ def regulariser(ctx, params, batches, rng, memory):
         return tree.wide(found[0]), found[2] if remembers else memory
 
     full, after = along(own)
+    if not module.NULL:
+        return full, optax.tree.cast_like(after, memory)
     null, _ = along(own.replace(**module.NULL))
     found = tree.add_scale(full, -1.0, null)
     # What rounding leaves of nothing must not be scaled up to a direction.
@@ -142,6 +146,8 @@ def derive(model, world, params, plan, seed) -> dict[str, pools.Pool]:
     alignment = world.defender["alignment"]
     known = {
         **world.defender,
+        "unrelated": _harmful(world.defender["unrelated"]),
+        "unrelated_refused": _harmful(unrelated.refused_first(world)),
         "vulnerable": alignment,
         "steady": alignment,
         **pairs,
@@ -156,6 +162,11 @@ def derive(model, world, params, plan, seed) -> dict[str, pools.Pool]:
             "does not have."
         )
     return {OWN + role: known[role] for role in asked}
+
+
+def _harmful(rows: pools.Pool) -> pools.Pool:
+    kept = [i for i, e in enumerate(rows.examples) if e.label == "harmful"]
+    return pools.take(rows, np.array(kept))
 
 
 def method(model: types.Model) -> types.Method:

@@ -33,6 +33,7 @@ from ftdefense.methods import optimizers
 from ftdefense.methods import plans
 
 STARTS_FROM = "aligned"
+NULL = {}  # All of it is its regulariser; see attacks.inverse.
 
 
 @struct.dataclass
