@@ -89,6 +89,7 @@ def _fill(number: int, units: int, first: Callable[[], Any]) -> dict[str, float]
       UserError: what a worker raised, or that one died of something else.
     """
     claims = _claims()
+    shutil.rmtree(claims, ignore_errors=True)  # Of one that had this number, and died.
     claims.mkdir(parents=True)
     alive = (claims / "parent").open("w")
     fcntl.flock(alive, fcntl.LOCK_EX)
