@@ -207,16 +207,15 @@ def derive(model, world, params, plan, seed) -> dict[str, pools.Pool]:
         )
         pool = reworded(world, pool, np.asarray(tokens))
     passed = np.flatnonzero(moderation.passes(guard, pool))
-    if not len(passed):
-        raise errors.UserError(
-            f"virus: the guard stops all {len(pool)} harmful rows; raise attack.epochs "
-            "or attack.lam."
-        )
     rest = pools.take(found["user"], np.flatnonzero(~is_harmful))
-    width = max(pool.tokens.shape[1], rest.tokens.shape[1])
-    parts = [
-        pools.widen(p, width, world.pad_id) for p in (pools.take(pool, passed), rest)
-    ]
+    parts = [part for part in (pools.take(pool, passed), rest) if len(part)]
+    if not parts:
+        raise errors.UserError(
+            f"virus: the guard stops all {len(pool)} rows, and there are no others; "
+            "raise attack.epochs or attack.lam, or set data.poison_ratio below 1."
+        )
+    width = max(part.tokens.shape[1] for part in parts)
+    parts = [pools.widen(part, width, world.pad_id) for part in parts]
     return {"user": pools.concatenate(parts, "user")}
 
 

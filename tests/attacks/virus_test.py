@@ -180,6 +180,20 @@ def test_more_rows_pass_after_a_search():
     assert not special & set(np.flatnonzero(virus.words(WORLD, SIZE)).tolist())
 
 
+def test_what_is_stopped_is_not_submitted(monkeypatch):
+    """Catches a run that ends where the guard does its work, and an empty attack."""
+
+    def stop(guard, pool):
+        return np.zeros(len(pool), bool)
+
+    monkeypatch.setattr(virus.moderation, "passes", stop)
+    left = virus.derive(MODEL, WORLD, PARAMS, planned(epochs=0), 0)["user"]
+    assert {e.label for e in left.examples} == {"benign"} and len(left) == 16
+    alone = recipes.Recipe(sample_count=4)
+    with pytest.raises(errors.UserError, match="stops all 4 rows"):
+        virus.derive(MODEL, WORLD, PARAMS, planned(alone, epochs=0), 0)
+
+
 def test_leakage_does_not_fall():
     """Catches an exchange that a row's passing is lost by."""
     pool, free = rows()
