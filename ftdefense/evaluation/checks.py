@@ -47,9 +47,10 @@ def flags(rows: Sequence[Row], row: Row) -> list[str]:
     if row["stage"] != "after":
         return found
     attack = row["attack"]
-    reference = _one(same_seed, defense="none", stage="after", attack=attack)
-    if reference is None and row.get("recipe"):
-        reference = _one(same_seed, defense="none", stage="after", recipe=row["recipe"])
+    # By recipe, where rows have one: `naive` is another for every defense.
+    same = {"recipe": row["recipe"]} if row.get("recipe") else {"attack": attack}
+    same |= {"threat": row.get("threat")}
+    reference = _one(same_seed, defense="none", stage="after", **same)
     holds = row["verdict"] != "BROKEN"
     if holds and reference and reference["verdict"] != "BROKEN":
         found.append("reference-holds")

@@ -196,3 +196,25 @@ def test_flags_name_their_reasons():
     found = set(checks.flags(rows, rows[3]))
     assert found == {"reference-holds", "collapses"}
     assert found <= set(checks.REASONS)
+
+
+def test_the_reference_met_the_same_recipe():
+    """`naive` is another recipe for every defense. Catches the undefended model's own,
+    which broke it, and the same recipe in another threat model.
+    """
+    held = {
+        "seed": 0,
+        "stage": "after",
+        "verdict": "holds here",
+        "best_harmful_score_inf": 0.1,
+        "best_harmful_score_0.1": 0.1,
+        "threat": "open_weight",
+    }
+    mine = held | {"defense": "d", "attack": "naive", "recipe": "sft:d"}
+    broken = held | {"defense": "none", "verdict": "BROKEN"}
+    other = broken | {"attack": "naive", "recipe": "sft:sandbox"}
+    served = broken | {"attack": "sft:d", "recipe": "sft:d", "threat": "service"}
+    same = held | {"defense": "none", "attack": "sft:d", "recipe": "sft:d"}
+    assert checks.flags([other, served, same, mine], mine) == ["reference-holds"]
+    assert checks.flags([other, served, mine], mine) == []
+    assert checks.flags([other, same | broken, mine], mine) == []
