@@ -58,8 +58,9 @@ flags.DEFINE_list(
     "wrappers",
     [],
     "Jailbreak analogues that harmful prompts are also put through: prefill:K and "
-    "template:plain, :instruction, :chat (in place of the model's own) on any data; trigger, persona, competing, style, paraphrase in the sandbox. Each adds a "
-    "column harmful_score/NAME.",
+    "template:plain, :instruction, :chat (in place of the model's own) on any data; "
+    "trigger, persona, competing, style, paraphrase in the sandbox. Each adds a column "
+    "harmful_score/NAME.",
 )
 
 

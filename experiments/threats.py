@@ -48,7 +48,12 @@ def threat(defense: str, asked: str) -> str:
 
 def of_rows(attack: str) -> bool:
     """Whether an attack is what the user of a service submits, and nothing else."""
-    return bool(getattr(registry.load("attacks", attack), "SUBMITS", ()))
+    return bool(_submits(attack))
+
+
+def _submits(attack: str) -> tuple[str, ...] | None:
+    """Roles that an attack hands in; none, or None where only its recipe counts."""
+    return getattr(registry.load("attacks", attack), "SUBMITS", None)
 
 
 def check(attack: str) -> None:
@@ -57,7 +62,7 @@ def check(attack: str) -> None:
     Raises:
       UserError: if it is not made of rows and their answers.
     """
-    if not getattr(registry.load("attacks", attack), "SUBMITS", ("user",)):
+    if _submits(attack) == ():
         raise errors.UserError(
             f"--attack={attack} is not made of questions and answers, which are all that "
             "the user of a service submits; use --threat=open_weight."

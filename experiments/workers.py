@@ -2,8 +2,8 @@
 
 On models of the sandbox's size XLA's threads wait for each other, and tracing has one:
 two processes on a core each get more done than one on both (bench.py has the ratio of
-steps alone). A worker is the same command with --worker=i/n/parent: it fills the work directory,
-unit by unit, with what the command then reads.
+steps alone). A worker is the same command with --worker=i/n/parent: it fills the work
+directory, unit by unit, with what the command then reads.
 """
 
 from collections.abc import Callable

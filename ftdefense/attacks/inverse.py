@@ -147,7 +147,6 @@ def derive(model, world, params, plan, seed) -> dict[str, pools.Pool]:
     known = {
         **world.defender,
         "unrelated": _harmful(world.defender["unrelated"]),
-        "unrelated_refused": _harmful(unrelated.refused_first(world)),
         "vulnerable": alignment,
         "steady": alignment,
         **pairs,
@@ -155,6 +154,8 @@ def derive(model, world, params, plan, seed) -> dict[str, pools.Pool]:
     }
     _, own = target(plan.hp)
     asked = defended(model, plan.hp).streams(own)
+    if "unrelated_refused" in asked:
+        known["unrelated_refused"] = _harmful(unrelated.refused_first(world))
     missing = [role for role in asked if role not in known]
     if missing:
         raise errors.UserError(

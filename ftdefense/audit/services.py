@@ -2,7 +2,7 @@
 
 Objective, rate and schedule are the provider's, and so is what it does to the weights
 that come out; the user never sees them. Numbers are for the sandbox (DESIGN), after the
-mixtures of specs/attacks.md B.1, B.2 and B.18.
+mixtures of specs/attacks.md B.1, B.2, B.15, B.17, B.18 and B.19.
 """
 
 from typing import Any

@@ -143,7 +143,9 @@ def _encode(tokenizer: Any, texts: tuple[str, ...]) -> list[list[int]]:
 
 def _known(tokenizer: Any, messages: Messages, ids: Sequence[int]) -> None:
     """A frame's own words may be foreign to a vocabulary: the sandbox's is small."""
-    unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {None}
+    # A tokenizer may have one token for padding and for the beginning.
+    fine = {None, tokenizer.bos_token_id}
+    unknown = {tokenizer.unk_token_id, tokenizer.pad_token_id} - fine
     if messages[0]["role"] == RAW and not unknown.isdisjoint(ids):
         raise errors.UserError(
             f"the tokenizer does not know all words of {messages[0]['content'][:60]!r}; "

@@ -1,4 +1,8 @@
-"""A guard that reads what the user of a service submits, and stops what looks harmful."""
+"""A guard that reads what the user of a service submits, and stops what looks harmful.
+
+DESIGN, numbers included: a small classifier of token counts, as specs/attacks.md B.19 has
+it for a toy, for LlamaGuard-2.
+"""
 
 from flax import struct
 import jax

@@ -57,11 +57,12 @@ def method(model: types.Model) -> types.Method:
 
 
 PRESETS = {
-    "sandbox": plans.sandbox(
+    "sandbox": plans.Plan(
         Hparams(
             optimizers.SANDBOX_TUNING.replace(learning_rate=1e-3),
             adapters.LoRA(alpha=32.0, rank=16),
-        )
+        ),
+        source="DESIGN: the rate that audits try first with LoRA; lam as published",
     ),
     "paper": plans.Plan(
         Hparams(

@@ -75,7 +75,7 @@ PRESETS = {
         f"reject_{name}": dataclasses.replace(
             plan,
             hp=plan.hp.replace(refuse_first=True),
-            source=f"{plan.source}; SDD_reject",
+            source=f"SDD_reject, not tuned; as {name}: {plan.source}",
         )
         for name, plan in (("sandbox", _SANDBOX), ("paper", _PAPER))
     },

@@ -95,7 +95,7 @@ def paraphrase(example: Example) -> tuple[Example, str]:
 
 
 # The prompt without the model's chat template: bare, as an instruction to a base model,
-# or as somebody else's chat (TamperBench's three, specs/attacks.md B.5).
+# or as somebody else's chat: TamperBench's three (specs/attacks.md B.5), worded here.
 TEMPLATES = {
     "plain": "{}\n",
     "instruction": "### Instruction:\n{}\n\n### Response:\n",
