@@ -26,7 +26,6 @@ from ftdefense.audit import dossier
 from ftdefense.audit import families
 from ftdefense.audit import judgement
 from ftdefense.audit import search
-from ftdefense.audit import services
 from ftdefense.audit import studies
 from ftdefense.core import config
 from ftdefense.core import errors
@@ -69,20 +68,17 @@ OWN_RATE = 0.1  # Of the sandbox's learning rates, for a user's larger model; DE
 def main() -> None:
     workdir, seeds = settings.workdir(), tuple(settings.seeds())
     subjects.check()
-    if subjects.in_service():
-        families.FAMILIES.clear()
-        families.FAMILIES.update(services.FAMILIES)
+    everything = families.of_service if subjects.in_service() else families.of_weights
     own = dict(map(subjects.own_family, FLAGS.attack))
-    unknown = set(FLAGS.families) - {*families.FAMILIES, *own}
+    known = {**everything(), **own}  # Before anything is read: it may be mistyped.
+    unknown = set(FLAGS.families) - set(known)
     if unknown:
-        raise errors.unknown("family", sorted(unknown)[0], {**families.FAMILIES, **own})
+        raise errors.unknown("family", sorted(unknown)[0], known)
     bench = subjects.bench()
     short = bench.defaults.attack
     rate = OWN_RATE if subjects.has_own_data() else 1.0
-    families.FAMILIES.update(
-        families.at_scale(short.steps, short.batch_size, rate, **subjects.shape(bench))
-    )
-    families.FAMILIES.update(own)
+    shape = subjects.shape(bench)
+    table = {**everything(short.steps, short.batch_size, rate, **shape), **own}
     given = subjects.given(bench)
     storage = studies.opened(FLAGS.storage) if FLAGS.storage else None
     settings.claim(workdir, resolved(bench, seeds))
@@ -93,7 +89,7 @@ def main() -> None:
         parallel=FLAGS.parallel,
         seed=seeds[0],
     )
-    audit = parts.Audit(bench, searcher, runner, given, seeds)
+    audit = parts.Audit(bench, searcher, runner, given, table, seeds)
     spent = workers.split(audit.units(), workdir / "verdict.json", then=audit.repeats)
     if spent is None:
         return
@@ -117,6 +113,7 @@ def main() -> None:
             templates=tuple(audit.templates),
             budget=FLAGS.budget,
             before=audited.before,
+            families=table,
             trials=found.trials(),
             skipped=found.skipped,
             scale=scale,

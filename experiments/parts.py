@@ -35,11 +35,12 @@ class Audit:
         searcher: search.Searcher,
         runner: cells.Cells,
         given: choices.Chosen | stages.Stage,
+        table: families.Table,
         seeds: tuple[int, ...],
     ):
         """Prepares an audit of `given` (see `subjects.given`); nothing runs yet."""
         self._bench, self._searcher, self._runner = bench, searcher, runner
-        self._given, self._seeds = given, seeds
+        self._given, self._table, self._seeds = given, table, seeds
         self.templates = subjects.templates()
 
     @functools.cached_property
@@ -67,11 +68,11 @@ class Audit:
         companies = subjects.companies(self._seeds)
         names = subjects.reference_names()
         chosen = families.chosen(
-            FLAGS.budget, self.templates, tuple(FLAGS.families) or None
+            self._table, FLAGS.budget, self.templates, tuple(FLAGS.families) or None
         )
         groups: dict[str, tuple[str, ...]] = {}
         for name in chosen:
-            leader = families.FAMILIES[name].mass_of
+            leader = self._table[name].mass_of
             leader = leader if leader in chosen else name
             groups[leader] = (*groups.get(leader, ()), name)
         train = bind(subjects.audited, self._given, self._runner)
@@ -109,10 +110,10 @@ class Audit:
         return self._attack(one, (), wanted, None)
 
     def _attack(self, one, templates, wanted, trials) -> ensemble.Found:
-        total = sum(families.chosen(FLAGS.budget, templates, wanted, trials).values())
+        chosen = families.chosen(self._table, FLAGS.budget, templates, wanted, trials)
         best = 0.0
         with tqdm.tqdm(
-            total=total,
+            total=sum(chosen.values()),
             desc=one.name,
             unit="trial",
             disable=bool(FLAGS.worker) or not sys.stderr.isatty(),
@@ -130,6 +131,7 @@ class Audit:
                 self._bench,
                 self._searcher,
                 one.target(),
+                self._table,
                 FLAGS.budget,
                 defense=FLAGS.defense or "",
                 templates=templates,
@@ -161,14 +163,14 @@ class Audit:
             useful,
             key=lambda name: (
                 -winners[name]["harmful_score"],
-                not families.FAMILIES[name].trains,
+                not self._table[name].trains,
             ),
         )
         return ranked[:3] if FLAGS.budget == "quick" else ranked
 
     def _repeat(self, found: ensemble.Found, name: str) -> list[dict[str, Any]]:
         values = found.winners()[name]["values"]
-        module, plan = ensemble.resolved(self._bench, name, values, FLAGS.defense or "")
+        module, plan = self._resolved(name, values)
         repeated = self._runner.attack(
             self.audited.defense,
             self.audited.stages,
@@ -178,6 +180,10 @@ class Audit:
         )
         tried = len(found.rows[name])  # Part of the budget: the best of so many.
         return [r | ({"trials": tried} if "trials" in r else {}) for r in repeated]
+
+    def _resolved(self, name: str, values: dict[str, Any]) -> tuple[str, plans.Plan]:
+        family = self._table[name]
+        return ensemble.resolved(self._bench, family, values, FLAGS.defense or "")
 
     def horizon(self, one: subjects.Subject) -> list[dict[str, Any]]:
         """Plain fine-tuning of one release for long, judged at sixteen checkpoints.
@@ -217,11 +223,9 @@ class Audit:
             values = winners[name]["values"] if name in winners else {}
             if not values:
                 return otherwise, self._bench.plan("attacks", otherwise)
-            return ensemble.resolved(self._bench, name, values, FLAGS.defense or "")
+            return self._resolved(name, values)
 
-        trained = [
-            row for row in found.trials() if families.FAMILIES[row["family"]].trains
-        ]
+        trained = [row for row in found.trials() if self._table[row["family"]].trains]
         return probing.probe(
             self._bench,
             self._searcher,
@@ -237,7 +241,7 @@ class Audit:
                 untrained={
                     name: probing.best_of(rows)
                     for name, rows in found.rows.items()
-                    if not families.FAMILIES[name].trains
+                    if not self._table[name].trains
                 },
             ),
             seed=self._seeds[0],

@@ -11,7 +11,9 @@ from ftdefense.core import errors
 from ftdefense.core import registry
 from ftdefense.methods import plans
 
-_LR = "optimizer.learning_rate"
+LR = "optimizer.learning_rate"
+RATES = spaces.Range(1e-5, 1e-2)
+STEPS, BATCH = 192, 32  # Of the sandbox, whose numbers families hold; see `at_scale`.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,16 @@ def grid(axis: str, *values: Any) -> dict[str, Any]:
     }
 
 
+def rates(*values: float, **fields: Any) -> list[dict[str, Any]]:
+    """A point for each learning rate; `fields` are common to all."""
+    return [{LR: value, **fields} for value in values]
+
+
+def swept(attack: str, *values: float, trials=(4, 12, 40), **options: Any) -> Family:
+    """A training attack swept over the learning rate, all parameters training."""
+    return Family(attack, {LR: RATES}, rates(*values), trials, **options)
+
+
 def at_scale(family: Family, times: float, rows: float, rate: float) -> Family:
     """The same, with so many times the steps, rows of a batch and learning rate."""
     if family.published:
@@ -70,13 +82,13 @@ def at_scale(family: Family, times: float, rows: float, rate: float) -> Family:
 
     def point(values: Mapping[str, Any]) -> dict[str, Any]:
         found = {a: whole(a, v) if a in factors else v for a, v in values.items()}
-        return found | ({_LR: found[_LR] * rate} if _LR in found else {})
+        return found | ({LR: found[LR] * rate} if LR in found else {})
 
     def kind(axis: str, kind: spaces.Range | spaces.Choice):
         if axis in factors:
             values = dict.fromkeys(whole(axis, value) for value in kind.values)
             return dataclasses.replace(kind, values=tuple(values))
-        if axis == _LR:
+        if axis == LR:
             return dataclasses.replace(kind, low=kind.low * rate, high=kind.high * rate)
         return kind
 
@@ -107,6 +119,6 @@ def of_attack(reference: str) -> tuple[str, Family]:
     if not hasattr(plan.hp, "optimizer"):
         return name, Family(module_name, {}, [{}], (1, 1, 1), preset)
     rate = float(plan.hp.optimizer.learning_rate)
-    space = {_LR: spaces.Range(rate / 30, rate * 30)}
-    points = [{_LR: rate * factor} for factor in (1.0, 0.3, 3.0, 10.0)]
+    space = {LR: spaces.Range(rate / 30, rate * 30)}
+    points = [{LR: rate * factor} for factor in (1.0, 0.3, 3.0, 10.0)]
     return name, Family(module_name, space, points, (4, 12, 40), preset)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
+from ftdefense.audit import attack_family
 from ftdefense.audit import probing
 from ftdefense.evaluation import criteria
 
@@ -21,6 +22,7 @@ class Dossier:
       templates: of its defense, if known.
       budget: of `families.BUDGETS`.
       before: its rows before any attack.
+      families: that were to be tried, by name.
       trials: rows of the search, in the order in which they ran.
       skipped: {family: why it could not run}.
       scale: trials against references, by their name.
@@ -37,6 +39,7 @@ class Dossier:
     templates: tuple[str, ...]
     budget: str
     before: Sequence[Row]
+    families: Mapping[str, attack_family.Family]
     trials: Sequence[Row]
     skipped: Mapping[str, str]
     scale: Mapping[str, Sequence[Row]]

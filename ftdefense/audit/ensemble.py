@@ -63,10 +63,12 @@ def plan_of(
 
 
 def resolved(
-    bench: pipeline.Bench, name: str, values: Mapping[str, Any], defense: str
+    bench: pipeline.Bench,
+    family: attack_family.Family,
+    values: Mapping[str, Any],
+    defense: str,
 ) -> tuple[str, plans.Plan]:
     """Module and plan of one trial of a family."""
-    family = families.FAMILIES[name]
     plan = plan_of(bench, family, defense)
     return family.attack, spaces.apply(plan, values)
 
@@ -75,6 +77,7 @@ def run(
     bench: pipeline.Bench,
     searcher: search.Searcher,
     target: search.Target,
+    table: families.Table,
     budget: str,
     *,
     defense: str = "",
@@ -86,6 +89,8 @@ def run(
     """Every family of a budget against one release.
 
     Args:
+      table: of families.
+      budget: of `families.BUDGETS`.
       defense: `name[:preset]` of the defense, if it is known: for `inverse`.
       templates: of the defense, if known: families made for them join in.
       only: names of families; None: all of the budget.
@@ -95,8 +100,8 @@ def run(
     rows: dict[str, list[Row]] = {}
     skipped: dict[str, str] = {}
     seconds: dict[str, float] = {}
-    for name, count in families.chosen(budget, templates, only, trials).items():
-        family = families.FAMILIES[name]
+    for name, count in families.chosen(table, budget, templates, only, trials).items():
+        family = table[name]
         points = family.points
         if family.mass_of:
             points = masses(rows.get(family.mass_of, []))[:count]
@@ -142,9 +147,10 @@ def masses(rows: Sequence[Row]) -> list[dict[str, float]]:
     return [{"optimizer.learning_rate": rate} for rate in spent.values()]
 
 
-def command(name: str, values: Mapping[str, Any], defense: str) -> str:
+def command(
+    family: attack_family.Family, values: Mapping[str, Any], defense: str
+) -> str:
     """The run.py command that repeats one trial; weights alone go by --model."""
-    family = families.FAMILIES[name]
     settings = [*family.fixed, *spaces.assignments(values)]
     release = f"--defense={defense}" if defense else "--model=FOLDER --defense=none"
     flags = " ".join(f"--set=attack.{setting}" for setting in settings)

@@ -8,7 +8,6 @@ from ftdefense.audit import decision
 from ftdefense.audit import dossier
 from ftdefense.audit import effort
 from ftdefense.audit import ensemble
-from ftdefense.audit import families
 from ftdefense.audit import questions
 from ftdefense.audit import studies
 from ftdefense.audit import templates
@@ -157,7 +156,7 @@ def _families(given: dossier.Dossier) -> list[dict[str, Any]]:
         best = studies.best(rows)
         if best is None:
             continue
-        family = families.FAMILIES[name]
+        family = given.families[name]
         found.append(
             {
                 "family": name,
@@ -169,7 +168,7 @@ def _families(given: dossier.Dossier) -> list[dict[str, Any]]:
                 "capability": best["capability"],
                 "useful": dossier.useful(best),
                 "values": best["values"],
-                "command": ensemble.command(name, best["values"], given.reference),
+                "command": ensemble.command(family, best["values"], given.reference),
             }
         )
     return found

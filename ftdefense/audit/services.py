@@ -8,11 +8,10 @@ mixtures of specs/attacks.md B.1, B.2, B.15, B.17, B.18 and B.19.
 from typing import Any
 
 from ftdefense.audit import attack_family
-from ftdefense.audit import families
 from ftdefense.audit import spaces
 
 # No company shares a program here: trials differ in their rows. So steps may differ, too.
-_STEPS = spaces.Choice(tuple(families.STEPS * n // 2 for n in (1, 2, 4, 8)))
+_STEPS = spaces.Choice(tuple(attack_family.STEPS * n // 2 for n in (1, 2, 4, 8)))
 _RATIO = "data.poison_ratio"
 
 
@@ -24,7 +23,7 @@ def _family(
     trials: tuple[int, int, int] = (4, 12, 24),
 ) -> attack_family.Family:
     """At a short budget where points name none; a sweep varies the steps, too."""
-    points = [{"steps": families.STEPS, **point} for point in points]
+    points = [{"steps": attack_family.STEPS, **point} for point in points]
     return attack_family.Family(
         attack, {**space, "steps": _STEPS}, points, trials, fixed=fixed
     )
@@ -63,7 +62,7 @@ FAMILIES: dict[str, attack_family.Family] = {
         [
             {_RATIO: ratio, "steps": steps}
             for ratio in (0.1, 0.5)
-            for steps in (families.STEPS, 4 * families.STEPS)
+            for steps in (attack_family.STEPS, 4 * attack_family.STEPS)
         ],
         _BENIGN,
     ),

@@ -134,7 +134,7 @@ def test_probes_name_what_runs_them():
     wanted = {probe for name in asked for probe in templates.PROBES[name]}
     assert set(templates.RUNS) == wanted
     for letter in asked - {templates.POST_HOC}:
-        quick = families.chosen("quick", [letter])
+        quick = families.chosen(families.of_weights(), "quick", [letter])
         for probe in templates.PROBES[letter]:
             for run in templates.RUNS[probe]:
                 assert run in quick or run in findings.DIAGNOSTICS, (letter, run)

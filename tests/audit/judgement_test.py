@@ -6,6 +6,7 @@ import types as python_types
 import pytest
 
 from ftdefense.audit import dossier
+from ftdefense.audit import families
 from ftdefense.audit import judgement
 from ftdefense.data import sandbox
 
@@ -70,6 +71,7 @@ def evidence(**fields):
         "templates": (),
         "budget": "quick",
         "before": [{"capability": 1.0, "harmful_score": 0.0}],
+        "families": families.of_weights(),
         "trials": [],
         "skipped": {},
         "scale": {},

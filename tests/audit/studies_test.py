@@ -1,7 +1,6 @@
 """Spaces and studies: what is tried, together, once, and again after a crash."""
 
 import datetime
-import importlib
 import math
 import socket
 import subprocess
@@ -15,6 +14,7 @@ from ftdefense.audit import effort
 from ftdefense.audit import ensemble
 from ftdefense.audit import families
 from ftdefense.audit import model_families
+from ftdefense.audit import objective_families
 from ftdefense.audit import services
 from ftdefense.audit import spaces
 from ftdefense.audit import studies
@@ -228,7 +228,7 @@ def test_equal_mass_spends_what_the_kick_spends():
     (point,) = ensemble.masses(rows)
     assert point == {"optimizer.learning_rate": 0.005}
     plan = sft.PRESETS["sandbox"]
-    for assignment in families.FAMILIES["equal mass"].fixed:
+    for assignment in families.of_weights()["equal mass"].fixed:
         plan = config.override_plan(plan, assignment)
     hp = spaces.apply(plan, point).hp
     assert jobs.learning_rate_mass(hp, 100) == pytest.approx(0.5)
@@ -236,16 +236,16 @@ def test_equal_mass_spends_what_the_kick_spends():
 
 def test_families_at_another_scale():
     """Catches points that leave their space, rates left behind, and a lost family."""
-    found = families.at_scale(48, 8, 0.1)
-    assert set(found) == set(families.FAMILIES)
+    found = families.of_weights(48, 8, 0.1)
+    assert set(found) == set(families.of_weights())
     full = found["full"]
     assert full.points[0]["steps"] == 48 and full.points[0]["batch_size"] == 8
     assert full.points[0]["optimizer.learning_rate"] == pytest.approx(3e-6)
     assert full.space["steps"].values == (16, 48, 128)
     assert full.space["batch_size"].values == (2, 8)
     assert found["long horizon"].fixed[0] == "steps=192"
-    same = families.at_scale(families.STEPS, families.BATCH)
-    assert same["lora"] == families.FAMILIES["lora"]
+    same = families.of_weights(attack_family.STEPS, attack_family.BATCH)
+    assert same["lora"] == objective_families.HARM_ALONE["lora"]
 
 
 @pytest.mark.parametrize(
@@ -265,20 +265,19 @@ def test_bands_cover_every_layer_once(layers, expected):
 
 def test_families_follow_the_model():
     """Catches the sandbox's two layers, one position and two words for a larger model."""
-    found = families.at_scale(192, 32, layers=32, positions=5, words=50)
+    found = families.of_weights(192, 32, layers=32, positions=5, words=50)
     assert {p["layer"] for p in found["abliteration by layer"].points} == {*range(32)}
     assert found["abliteration"].fixed == ("positions=5",)
     frames = [p["data.wrapper"] for p in found["frames"].points]
     assert frames[:3] == ["prefill:5", "prefill:10", "prefill:20"]
-    assert set(found) == set(families.FAMILIES)
+    assert set(found) == set(families.of_weights())
 
 
-def test_a_services_families_stay_its_own(monkeypatch):
-    """Catches TAR's cells, which train weights, in the table of a service."""
-    monkeypatch.setattr(families, "FAMILIES", dict(services.FAMILIES))
-    found = families.at_scale(families.STEPS // 4, families.BATCH)
+def test_a_services_families_follow_its_budget():
+    """Catches families of weights in a service's table, and steps left behind."""
+    found = families.of_service(attack_family.STEPS // 4, layers=32)
     assert set(found) == set(services.FAMILIES)
-    assert found["harmful rows"].points[0] == {"steps": families.STEPS // 8}
+    assert found["harmful rows"].points[0] == {"steps": attack_family.STEPS // 8}
 
 
 @pytest.mark.parametrize(
@@ -300,11 +299,15 @@ def test_adapters_by_name(value, scale, layers):
 
 @pytest.mark.parametrize(
     ("table", "name"),
-    [(t.__name__, n) for t in (families, services) for n in t.FAMILIES],
+    [
+        (table.__name__, name)
+        for table in (families.of_weights, families.of_service)
+        for name in table()
+    ],
 )
 def test_every_family_resolves(table, name):
     """Catches a family whose attack, preset, axis or value does not exist."""
-    family = importlib.import_module(table).FAMILIES[name]
+    family = getattr(families, table)()[name]
     presets = registry.load("attacks", family.attack).PRESETS
     plan = family.plan or presets[family.preset]
     for assignment in family.fixed:
@@ -320,7 +323,7 @@ def test_every_family_resolves(table, name):
 def test_an_unknown_budget_names_near_matches():
     """Catches a KeyError where a person mistyped."""
     with pytest.raises(errors.UserError, match="quick"):
-        families.chosen("quik")
+        families.chosen({}, "quik")
 
 
 def test_an_attack_of_ones_own_becomes_a_family(tmp_path):
@@ -342,8 +345,9 @@ def test_an_attack_of_ones_own_becomes_a_family(tmp_path):
 
 def test_families_asked_for_by_name_run_at_any_budget():
     """Catches a named family that the budget silently leaves out."""
-    absent = set(families.FAMILIES) - set(families.chosen("quick"))
+    table = families.of_weights()
+    absent = set(table) - set(families.chosen(table, "quick"))
     assert absent
-    found = families.chosen("quick", only=absent)
+    found = families.chosen(table, "quick", only=absent)
     assert set(found) == absent and min(found.values()) > 0
-    assert families.chosen("quick", only=["full"], trials=40) == {"full": 40}
+    assert families.chosen(table, "quick", only=["full"], trials=40) == {"full": 40}
