@@ -13,10 +13,9 @@ Source       Tamirisa et al. 2024, arXiv:2408.00761: TAR's first phase; code rea
 Evidence     CODE; it saves the y that gradients are taken at, not their average.
 Licence      MIT
 Differs      R is not stored: a row is drawn from (table_seed, token id) where needed;
-             schedule-free AdamW is that of `schedulefree` >= 1.3. Until 1.2.7, the last
-             when the code was published, the rate, also as the average's weight, had a
-             factor sqrt(1 - b2^(k + 1)) in place of v's bias correction; UNVERIFIED
-             which one ran (it asks for >= 1.2).
+             schedule-free AdamW is that of `schedulefree` >= 1.3; of 1.2, the last when
+             the code was published, with optimizer.kind=adamw_sf_12. UNVERIFIED which
+             one ran (it asks for >= 1.2).
 Reduces to   SFT on the retain data at lam = 0, exactly.
 Cost         2 forwards, 2 backwards.
 """

@@ -15,6 +15,7 @@ from ftdefense.methods import preconditioners
 from ftdefense.methods import schedules
 
 KINDS = tuple(preconditioners.KINDS)
+AVERAGING = ("adamw_sf", "adamw_sf_12")  # Schedule-free ones.
 
 
 @struct.dataclass
@@ -37,13 +38,14 @@ class Optimizer:
     momentum: float = 0.0  # Of `sgd`, `nsgd`, `sign` and `muon`.
     # `adamw_by_leaf` counts the steps of each layer's leaf, as PyTorch does: one that
     # is frozen for a while is passed over entirely. It takes `active` (see `freeze`).
-    # `adamw_sf` is schedule-free, as `schedulefree` >= 1.3; `nsgd` and `sign` normalise
-    # the momentum.
+    # `adamw_sf` is schedule-free, as `schedulefree` >= 1.3, `adamw_sf_12` as its 1.2:
+    # there Adam's second bias correction is a factor of the rate, and so of the average's
+    # weights. `nsgd` and `sign` normalise the momentum.
     kind: str = struct.field(pytree_node=False, default="adamw")
     nesterov: bool = struct.field(pytree_node=False, default=False)  # The momentum.
     # On norm scales and biases too, as torch.optim given all parameters in one group.
     decay_all: bool = struct.field(pytree_node=False, default=False)
-    # Whether `adamw_sf` releases its average x, or y, where gradients are taken.
+    # Whether `AVERAGING` kinds release their average x, or y, where gradients are taken.
     averaged: bool = struct.field(pytree_node=False, default=True)
 
     def tabulate(self, steps: int) -> "Optimizer":
@@ -70,13 +72,16 @@ class Optimizer:
             raise errors.unknown("optimizer.kind", self.kind, KINDS)
 
         def rate(t):
-            return self.learning_rate * self.schedule[t]
+            base = self.learning_rate * self.schedule[t]
+            if self.kind == "adamw_sf_12":
+                return base * jnp.sqrt(1 - self.b2 ** (t + 1))
+            return base
 
         precondition = preconditioners.KINDS[self.kind](self)
         mask = None if self.decay_all else matrices
         decay = optax.add_decayed_weights(self.weight_decay, mask)
         descend = optax.scale_by_schedule(lambda t: -rate(t))
-        if self.kind == "adamw_sf":
+        if self.kind in AVERAGING:
             inner = optax.chain(precondition, decay, descend)
             # It counts steps from 1, the table from 0.
             averaging = contrib.schedule_free(inner, lambda t: rate(t - 1), self.b1)
@@ -96,11 +101,11 @@ class Optimizer:
         )
 
     def released(self, params: Any, opt_state: Any) -> Any:
-        """The weights that leave training: of `adamw_sf` the average, else `params`.
+        """The weights that leave training: of `AVERAGING` the average, else `params`.
 
         `params` are the y that gradients are taken at: `averaged` = False leaves them.
         """
-        if self.kind != "adamw_sf" or not self.averaged:
+        if self.kind not in AVERAGING or not self.averaged:
             return params
         _, averaging = opt_state
         found = contrib.schedule_free_eval_params(averaging, tree.wide(params))

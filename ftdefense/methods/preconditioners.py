@@ -91,6 +91,9 @@ KINDS: dict[str, Callable[[Any], Transform]] = {
     "adamw_sf": lambda o: optax.scale_by_rms(
         o.b2, o.eps, eps_in_sqrt=False, bias_correction=True
     ),
+    "adamw_sf_12": lambda o: optax.scale_by_rms(
+        o.b2, o.eps, eps_in_sqrt=False, bias_correction=False
+    ),
     "adam": lambda o: keep_dtypes(_adam(o)),
     "adagrad": lambda o: keep_dtypes(adagrad(o.eps)),
     "adadelta": lambda o: keep_dtypes(optax.scale_by_adadelta(o.b2, o.eps)),

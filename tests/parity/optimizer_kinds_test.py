@@ -166,24 +166,26 @@ def test_muon_is_layer_by_layer():
     assert np.all((values > 0.6) & (values < 1.3))
 
 
-def test_schedule_free_is_its_recursion():
+@pytest.mark.parametrize("kind", optimizers.AVERAGING)
+def test_schedule_free_is_its_recursion(kind):
     """Defazio et al. 2024: y, z, x. Catches the schedule one step late, a release of y,
 
-    one of x where `averaged` is off, the momentum of Adam left on, and an average over steps in place of rates.
+    one of x where `averaged` is off, the momentum of Adam left on, an average over steps
+    in place of rates, and of 1.2 a correction of v, or none of the average's weights.
     """
+    old = kind == "adamw_sf_12"
     start, grads = drawn(count=6)
     schedule = schedules.Schedule(0.5)
-    optimizer = optimizers.of_kind(
-        "adamw_sf", 0.1, schedule, weight_decay=0.2, clip=jnp.inf
-    )
+    optimizer = optimizers.of_kind(kind, 0.1, schedule, weight_decay=0.2, clip=jnp.inf)
     found, (tabulated, state) = steps(optimizer, start, grads)
     x = y = z = start["kernel"]
     nu = total = top = 0.0
     for t, g in enumerate(grads):
         g = g["kernel"]
-        rate = 0.1 * min(t / 3, 1)
+        correction = 1 - 0.999 ** (t + 1)
+        rate = 0.1 * min(t / 3, 1) * (np.sqrt(correction) if old else 1)
         nu = 0.999 * nu + 0.001 * g**2
-        step = g / (np.sqrt(nu / (1 - 0.999 ** (t + 1))) + 1e-8) + 0.2 * y
+        step = g / (np.sqrt(nu if old else nu / correction) + 1e-8) + 0.2 * y
         z = z - rate * step
         top = max(top, rate)
         total += top**2
