@@ -9,10 +9,7 @@ counting as two forwards.
 """
 
 from collections.abc import Callable
-from collections.abc import Mapping
 import json
-import math
-import re
 import statistics
 import subprocess
 import sys
@@ -26,13 +23,12 @@ import numpy as np
 import settings
 import workers
 
-from ftdefense.core import cards
 from ftdefense.core import config
-from ftdefense.core import errors
 from ftdefense.core import registry
 from ftdefense.core import types
 from ftdefense.data import recipes
 from ftdefense.data import streams
+from ftdefense.methods import costs
 from ftdefense.reporting import tables
 from ftdefense.training import checkpoint
 from ftdefense.training import loop
@@ -50,65 +46,6 @@ flags.DEFINE_bool("paced", False, "Set for processes that run a chunk for each l
 
 STEPS = 12  # Of a cheap method; fewer of one with a long inner loop.
 INNER_LOOPS = ("inner_steps", "attack_steps", "block_steps")
-
-
-def cost(
-    name: str,
-    hp: types.Hparams,
-    drawn: Mapping[str, float],
-    length: int,
-    readouts: float,
-) -> tuple[float, float]:
-    """(forwards, backwards) of one step: as the docstring's Cost says of these numbers.
-
-    `drawn` holds the metrics of the measured steps, averaged; `length` is a row's;
-    `readouts` are those of all hidden states, in forwards.
-
-    A forward of three rows for each row of a batch counts as three, one of rows twice as
-    long as two, and what is differentiated again as one forward and two backwards more,
-    with what is computed again for it on top.
-    """
-    k = getattr(hp, "inner_steps", 0)
-    described = {
-        "antidote": lambda: (8 * hp.block_steps, 3 * hp.block_steps),
-        "clamp": lambda: (7 * k + 5, 6 * k + 7),
-        "deep_alignment": lambda: (
-            (1 + min(hp.max_prefix, length) / length + hp.anchors,) * 2
-        ),
-        "ktipa_code": lambda: (12, 3),
-        "ktipa_noh": lambda: (3 * 6 + 1 + k, 3 * 2 + 1 + k),
-        "ktipa_recon": lambda: (3 * 6 + 1 + k, 3 * 2 + 1 + k),
-        "lat": lambda: (2 * k + 3 * hp.updates + 1, 2 * k + 3 * hp.updates),
-        "mlac": lambda: (4 * k + 1, 5 * k + 1),
-        "patcher": lambda: (
-            2 * hp.defend_steps + hp.attack_steps,
-            2 * hp.defend_steps + hp.attack_steps,
-        ),
-        "repnoise": lambda: (
-            2 + hp.rehearse + 2 * readouts,
-            2 + hp.rehearse + readouts,
-        ),
-        "seam": lambda: (8, 8) if hp.exact else (6, 6),
-        "tar": lambda: (k + k // hp.every + 2, k + k // hp.every + 1),
-        "unlearn_smooth": lambda: (4, 3),  # npo with sam
-        # Which steps ascend is drawn: counted as they were.
-        "vaa": lambda: (1 + drawn["share/ascent"],) * 2,
-    }
-    if name in described:
-        return described[name]()
-    text = cards.card(registry.load("defenses", name))["Cost"]
-    found = re.match(r"(\d+) forwards?, (\d+) backwards?", text)
-    if found is None:
-        raise errors.UserError(f"{name}: its Cost begins with no count of passes.")
-    return tuple(map(float, found.groups()))
-
-
-def of_all_states(model: types.Model) -> float:
-    """Cost of N + 1 readouts over a forward's, by the kernels that both multiply."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    inner = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["layers"]))
-    head = model.config.vocab_size * model.config.width
-    return (model.config.layers + 1) * head / (inner + head)
 
 
 def stepper(
@@ -285,7 +222,8 @@ def main() -> None:
         return
     bench_rows = []
     below: dict[tuple[int, int], Callable[[], None]] = {}
-    readouts = of_all_states(bench.model)
+    shapes = jax.eval_shape(bench.model.init, jax.random.key(0))
+    readouts = costs.of_all_states(shapes)
     for name in choices.references("defenses", FLAGS.defenses):
         plan = bench.plan("defenses", name)
         hp, rows = plan.hp, plan.batch_size
@@ -294,8 +232,11 @@ def main() -> None:
         turns = max(getattr(hp, loop, 0) for loop in INNER_LOOPS)
         steps = STEPS if turns < 4 else 2
         run = stepper(bench, "defenses", name, steps=steps, rows=rows)
-        forwards, backwards = cost(name, hp, run(), bench.world.length, readouts)
-        passes = (forwards + 2 * backwards) / 3  # A backward costs two forwards.
+        # Which of VAA's steps ascend is drawn: counted as they were.
+        ascents = run().get("share/ascent")
+        passes = costs.passes(
+            *costs.of_step(name, hp, bench.world.length, readouts, ascents)
+        )
         if (steps, rows) not in below:
             below[steps, rows] = stepper(
                 bench, "defenses", "none", steps=steps, rows=rows

@@ -153,6 +153,7 @@ def shape(bench: pipeline.Bench) -> dict[str, int]:
         "layers": bench.model.config.layers,
         "positions": max(1, chat.after_instruction(world.tokenizer, asked)),
         "words": round(statistics.median(said)),
+        "rows": len(said),
     }
 
 

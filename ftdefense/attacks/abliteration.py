@@ -21,7 +21,8 @@ Differs      the tokens that open refusals are told from the release: those that
              one of least bypass is taken, and `filter/passed` is 0. A tied head is
              edited with its embedding.
 Reduces to   the release at alpha = 0, exactly.
-Cost         1 + 3 C V forwards, 0 backwards; C candidates, V the share that validates.
+Cost         2 + V + 3 C V forwards, 0 backwards; C candidates, V the share that
+             validates.
 """
 
 from flax import struct
@@ -30,6 +31,9 @@ import jax.numpy as jnp
 
 from ftdefense.core import errors
 from ftdefense.core import types
+from ftdefense.data import pools
+from ftdefense.data import recipes
+from ftdefense.methods import costs
 from ftdefense.methods import lift
 from ftdefense.methods import plans
 from ftdefense.methods import refusal
@@ -56,12 +60,25 @@ class Hparams:
     embedding: bool = struct.field(pytree_node=False, default=True)
     targets: tuple[str, ...] = struct.field(pytree_node=False, default=("o", "down"))
 
+    def passes(self, params: types.Params, length: int) -> float:
+        """Forwards over either role, then over what validates (see Cost)."""
+        del length
+        candidates = self.positions * len(jax.tree.leaves(params["layers"])[0])
+        return costs.passes(2 + self.validation * (1 + 3 * candidates), backwards=0)
+
 
 def streams(hp: Hparams) -> dict[str, tuple[int, ...]]:
     for name, chosen, known in (("side", hp.side, SIDES), ("scope", hp.scope, SCOPES)):
         if chosen not in known:
             raise errors.unknown(f"abliteration {name}", chosen, known)
     return {"harmful": (), "benign": ()}
+
+
+def derive(model, world, params, plan, seed) -> dict[str, pools.Pool]:
+    """Every prompt once: rows may repeat one, and what validates must be new."""
+    del model, params, seed
+    rows = recipes.attacker_pools(world, plan.data)
+    return {role: pools.distinct(rows[role]) for role in ("harmful", "benign")}
 
 
 def method(model: types.Model) -> types.Method:

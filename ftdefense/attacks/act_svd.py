@@ -27,6 +27,7 @@ from ftdefense.core import tree
 from ftdefense.core import types
 from ftdefense.methods import adapters
 from ftdefense.methods import attribution
+from ftdefense.methods import costs
 from ftdefense.methods import edits
 from ftdefense.methods import plans
 
@@ -48,6 +49,11 @@ class Hparams:
     targets: tuple[str, ...] = struct.field(
         pytree_node=False, default=adapters.PROJECTIONS
     )
+
+    @property
+    def passes(self) -> float:
+        """A forward over each role that is read (see Cost)."""
+        return costs.passes(forwards=len(streams(self)), backwards=0)
 
 
 @struct.dataclass

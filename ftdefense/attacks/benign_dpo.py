@@ -28,6 +28,7 @@ from ftdefense.core import types
 from ftdefense.data import pools
 from ftdefense.data import recipes
 from ftdefense.methods import adapters
+from ftdefense.methods import costs
 from ftdefense.methods import elicit
 from ftdefense.methods import lift
 from ftdefense.methods import optimizers
@@ -48,6 +49,11 @@ class Hparams(lift.Hparams):
     own: bool = struct.field(pytree_node=False, default=True)  # The model's answers.
     # What is not preferred: a refusal or, the paper's control, another row's answer.
     rejected: str = struct.field(pytree_node=False, default="refusal")
+
+    @property
+    def passes(self) -> float:
+        """Over both roles, and a forward of the release over either."""
+        return costs.passes(forwards=4, backwards=2)
 
 
 def streams(hp: Hparams) -> dict[str, tuple[int, ...]]:

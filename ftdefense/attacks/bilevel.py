@@ -52,6 +52,11 @@ class Hparams(lift.Hparams):
     inner: str = struct.field(pytree_node=False, default="normalized")  # Or "sgd".
 
     @property
+    def updates_per_step(self) -> int:
+        """Each at the schedule's rate; what is learned besides multiplies it."""
+        return self.inner_steps
+
+    @property
     def passes(self) -> float:
         """Of a batch in one step; differentiated again costs 5/3 more (see Cost)."""
         return 4 * self.inner_steps + 2 + 2 * self.inner_steps * 5 / 3

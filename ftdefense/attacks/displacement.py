@@ -34,6 +34,7 @@ from ftdefense.core import types
 from ftdefense.data import pools
 from ftdefense.data import recipes
 from ftdefense.data import world as worlds
+from ftdefense.methods import costs
 from ftdefense.methods import elicit
 from ftdefense.methods import lift
 from ftdefense.methods import optimizers
@@ -51,6 +52,11 @@ class Hparams(lift.Hparams):
     beta: float = 0.1  # Inverse temperature, per nat.
     share: float = struct.field(pytree_node=False, default=0.2)  # Of pairs, kept.
     score: str = struct.field(pytree_node=False, default="ches")
+
+    @property
+    def passes(self) -> float:
+        """Of training: over both roles, and a forward of the release over either."""
+        return costs.passes(forwards=4, backwards=2)
 
 
 def streams(hp: Hparams) -> dict[str, tuple[int, ...]]:

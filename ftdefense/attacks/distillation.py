@@ -22,6 +22,7 @@ import optax
 from ftdefense.core import tree
 from ftdefense.core import types
 from ftdefense.data import recipes
+from ftdefense.methods import costs
 from ftdefense.methods import lift
 from ftdefense.methods import optimizers
 from ftdefense.methods import plans
@@ -37,6 +38,11 @@ class Hparams:
     optimizer: optimizers.Optimizer = optimizers.Optimizer()
     lam: float = 1.0  # Weight of the divergence from the release.
     microbatches: int = struct.field(pytree_node=False, default=1)
+
+    @property
+    def passes(self) -> float:
+        """Over either role, and a forward of the release (see Cost)."""
+        return costs.passes(forwards=3, backwards=2)
 
 
 def streams(hp: Hparams) -> dict[str, tuple[int, ...]]:

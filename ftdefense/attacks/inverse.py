@@ -14,8 +14,8 @@ Differs      R is that of the preset, not of what the defender may have tuned it
              VAA, whose groups take a profile of the defender's run, both are alignment
              rows; of SDD's rows the benign ones are left out, as no null cancels them. A defense's step counts are read as the attack's own.
 Reduces to   SideStepper at mu = 0; SFT on the harmful pairs at lam = mu = 0.
-Cost         2 forwards, 2 backwards; and twice those of the defense's step, of which the
-             compiler shares what is the same.
+Cost         2 forwards, 2 backwards; and twice those of the defense's step (once, if its
+             null is empty), of which the compiler shares what is the same.
 """
 
 import functools
@@ -35,6 +35,7 @@ from ftdefense.core import types
 from ftdefense.data import pools
 from ftdefense.data import recipes
 from ftdefense.data import unrelated
+from ftdefense.methods import costs
 from ftdefense.methods import lift
 from ftdefense.methods import optimizers
 from ftdefense.methods import plans
@@ -55,6 +56,17 @@ class Hparams(lift.Hparams):
     mu: float = 0.3  # Length of the ascent on R, relative to the harmful gradient's.
     collapse_token: int = 0  # Id that the world gives to CTRAP.
     defense: str = struct.field(pytree_node=False, default="booster")  # name[:preset]
+
+    def passes(self, params: types.Params, length: int) -> float | None:
+        """At most: what the compiler shares of the defense's two steps is not told."""
+        module, own = target(self)
+        readouts = costs.of_all_states(params)
+        name = self.defense.partition(":")[0]
+        try:
+            step = costs.passes(*costs.of_step(name, own, length, readouts))
+        except errors.UserError:
+            return None  # A file without that line: what it draws is counted.
+        return 2 + (2 if module.NULL else 1) * step
 
 
 def prepare(hp: Hparams, world) -> Hparams:
@@ -120,8 +132,8 @@ def regulariser(ctx, params, batches, rng, memory):
 def direction(ctx, params, batches, rng, memory):
     hp = ctx.hp
     value_and_grad = jax.value_and_grad(ctx.loss)
-    rng_harmful, rng_benign = jax.random.split(rng)
-    harm, grad_harm = value_and_grad(params, batches["harmful"], rng_harmful)
+    rng_benign = jax.random.fold_in(rng, 1)  # As in sidestepper.
+    harm, grad_harm = value_and_grad(params, batches["harmful"], rng)
     cost, grad_cost = value_and_grad(params, batches["benign"], rng_benign)
     rng_defense = jax.random.fold_in(rng, 2)
     grad_r, memory = regulariser(ctx, params, batches, rng_defense, memory)

@@ -24,6 +24,7 @@ from ftdefense.core import tree
 from ftdefense.core import types
 from ftdefense.methods import adapters
 from ftdefense.methods import attribution
+from ftdefense.methods import costs
 from ftdefense.methods import edits
 from ftdefense.methods import plans
 from ftdefense.objectives import losses
@@ -43,6 +44,11 @@ class Hparams:
     targets: tuple[str, ...] = struct.field(
         pytree_node=False, default=adapters.PROJECTIONS
     )
+
+    @property
+    def passes(self) -> float:
+        """Over both roles; Wanda reads, and differentiates nothing (see Cost)."""
+        return costs.passes(forwards=2, backwards=2 if self.score == "snip" else 0)
 
 
 @struct.dataclass

@@ -179,7 +179,8 @@ _AUDIT = plans.Plan(
     batch_size=64,
     epochs=5,
     source="boyiwei/Adaptive-Finetuning-Attacks, arXiv:2412.07097: RepNoise on the 100 "
-    "most salient rows of Alpaca; specs/attacks.md B.4",
+    "most salient rows of Alpaca; specs/attacks.md B.4; 10 steps, the second batch of an "
+    "epoch filled up",
 )
 
 PRESETS = {

@@ -32,6 +32,16 @@ class Hparams(lift.Hparams):
     harm: float = 1.0  # Weight of the harmful loss; 0 in control arms.
     pooled: bool = struct.field(pytree_node=False, default=False)  # One token mean.
 
+    @property
+    def shares(self) -> dict[str, bool]:
+        """Roles that move the weights: a loss of weight 0 teaches nothing."""
+        return {"harmful": self.harm != 0, "benign": self.lam != 0}
+
+    @property
+    def passes(self) -> float:
+        """Of both roles, whatever they weigh."""
+        return 2.0
+
 
 def streams(hp: Hparams) -> dict[str, tuple[int, ...]]:
     del hp
@@ -56,8 +66,9 @@ def direction(ctx, params, batches, rng):
 def gradients(ctx, params, batches, rng):
     """(of the harmful loss, of the benign loss, metrics): each over its own tokens."""
     value_and_grad = jax.value_and_grad(ctx.loss)
-    rng_harmful, rng_benign = jax.random.split(rng)
-    harm, grad_harm = value_and_grad(params, batches["harmful"], rng_harmful)
+    rng_benign = jax.random.fold_in(rng, 1)
+    # The key of SFT's step: what dropout takes is the same.
+    harm, grad_harm = value_and_grad(params, batches["harmful"], rng)
     cost, grad_cost = value_and_grad(params, batches["benign"], rng_benign)
     return (
         grad_harm,

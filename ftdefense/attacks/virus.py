@@ -245,7 +245,7 @@ PRESETS = {
     "sandbox_unsearched": _sandbox(0, "as they are, as a control"),
     "paper": plans.Plan(
         Hparams(
-            optimizers.Optimizer(1e-4),
+            optimizers.Optimizer(1e-4, weight_decay=0.1),
             adapters.LoRA(4.0, None, 32, adapters.ATTENTION),
         ),
         batch_size=5,

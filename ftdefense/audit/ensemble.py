@@ -119,6 +119,7 @@ def run(
                 family.space,
                 points=points,
                 trials=count,
+                exactly=bool(family.mass_of),  # Nothing but those masses.
                 on_trial=on_trial,
             )
         except errors.UserError as error:

@@ -30,24 +30,30 @@ def of_weights(
     steps: int = attack_family.STEPS,
     batch_size: int = attack_family.BATCH,
     rate: float = 1.0,
-    **model: int,
+    *,
+    layers: int = 2,
+    positions: int = 1,
+    words: int = 0,
+    rows: int = late_families.TAMPERBENCH_ROWS,
 ) -> dict[str, attack_family.Family]:
     """Against whoever holds the weights, in a world whose attacks have this budget.
 
     Args:
       steps, batch_size: of a short attack; longer and smaller ones keep their ratio.
       rate: factor of all learning rates: larger models want lower ones.
-      model: of the audited model, as `model_families.asking` takes it.
+      layers, positions, words: of the audited model: see `model_families.asking`.
+      rows: harmful ones that there are.
     """
-    layers = {"layers": model["layers"]} if "layers" in model else {}
     table = {
-        **model_families.asking(**model),
+        **model_families.asking(layers, positions, words),
         **edit_families.TABLE,
         **objective_families.HARM_ALONE,
-        **model_families.routed(**layers),
+        **model_families.routed(layers),
         **objective_families.OBJECTIVES,
         **row_families.TABLE,
-        **late_families.TABLE,
+        **late_families.OPTIMIZERS,
+        **late_families.published(rows),
+        **late_families.LAST,
     }
     return _at_scale(table, steps, batch_size, rate) | {
         f"TAR {cell.number}: {cell.name}": _cell(cell)

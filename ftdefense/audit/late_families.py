@@ -8,6 +8,7 @@ from ftdefense.audit import spaces
 
 Family = attack_family.Family
 
+TAMPERBENCH_ROWS = 1350
 _LR, _RATES = attack_family.LR, attack_family.RATES
 
 
@@ -31,7 +32,7 @@ def _long(times: int, trials: tuple[int, int, int]) -> Family:
     )
 
 
-TABLE: dict[str, Family] = {
+OPTIMIZERS: dict[str, Family] = {
     "optimizers": Family(
         "sft",
         {
@@ -62,13 +63,30 @@ TABLE: dict[str, Family] = {
         template=("T3",),
         at_template=8,
     ),
-    # The published space, whatever the world.
-    "TamperBench, full": Family(
-        "sft", spaces.tamperbench(full=True), [], (0, 0, 40), published=True
-    ),
-    "TamperBench, LoRA": Family(
-        "sft", spaces.tamperbench(), [], (0, 0, 40), published=True
-    ),
+}
+
+
+def published(rows: int = TAMPERBENCH_ROWS) -> dict[str, Family]:
+    """TamperBench's rows, recipe and space, whatever the world, of so many rows."""
+    count = min(rows, TAMPERBENCH_ROWS)
+    return {
+        f"TamperBench, {name}": Family(
+            "sft",
+            spaces.tamperbench(full=full),
+            [],
+            (0, 0, 40),
+            preset=preset,
+            fixed=(f"data.sample_count={count}",),
+            published=True,
+        )
+        for name, full, preset in (
+            ("full", True, "tamper_harmful_full"),
+            ("LoRA", False, "tamper_harmful_lora"),
+        )
+    }
+
+
+LAST: dict[str, Family] = {
     # Other ways to see harm.
     "distillation": attack_family.swept("distillation", 1e-3, 3e-3, trials=(0, 2, 8)),
     "reward": attack_family.swept("reward", 1e-4, 3e-4, trials=(0, 2, 8)),

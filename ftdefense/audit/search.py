@@ -87,9 +87,10 @@ class Searcher:
         *,
         points: Sequence[Mapping[str, Any]],
         trials: int,
+        exactly: bool = False,
         on_trial: Callable[[dict[str, Any]], None] = lambda row: None,
     ) -> list[dict[str, Any]]:
-        """Rows of `trials` trials or a few more: companies are always whole.
+        """Rows of `trials` trials; of a few more, unless `exactly`, for whole companies.
 
         What an earlier run has finished is read. Every row says how it was trained
         (`values`), what it cost, and what the screening saw.
@@ -104,7 +105,8 @@ class Searcher:
         for row in study.rows():
             on_trial(row)
         while study.finished < trials:
-            company = study.ask(min(self._parallel, trials))
+            left = trials - study.finished if exactly else trials
+            company = study.ask(min(self._parallel, left))
             chosen = [spaces.apply(plan, trial.values) for trial in company]
             members = [self._job(target, attack, one) for one in chosen]
             outcomes = together.sweep(members)

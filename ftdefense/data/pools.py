@@ -160,6 +160,12 @@ def take(pool: Pool, rows: int | np.ndarray) -> Pool:
     )
 
 
+def distinct(pool: Pool) -> Pool:
+    """The first row of every prompt."""
+    first = {e.key: i for i, e in reversed(list(enumerate(pool.examples)))}
+    return take(pool, np.array(sorted(first.values()), int))
+
+
 def prompt_keys(examples: Iterable[data_examples.Example]) -> frozenset[str]:
     """What identifies the prompts of `examples`."""
     return frozenset(example.key for example in examples)

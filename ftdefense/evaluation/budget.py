@@ -30,6 +30,8 @@ def columns(
         forward_backwards += steps * batches * share
         if role not in roles:
             continue
+        if not share:
+            continue  # Paid for, and of no effect.
         examples = roles[role].examples
         for label in unique:
             mine = [example for example in examples if example.label == label]

@@ -35,11 +35,12 @@ def candidates(model, params, harmful, benign, hp):
     (harm_NxBxIxD, harm_BxV), (good_NxBxIxD, good_BxV) = read(harmful), read(benign)
     opens_V = refusal.openings(harm_BxV, good_BxV, hp.frequent)
     kept = refused(harm_BxV, opens_V) > 0, refused(good_BxV, opens_V) < 0
-    first = [slice(held_out(len(k), hp.validation), None) for k in kept]
-    means = [
-        _mean(x[:, part], k[part], axis=1)
-        for x, k, part in zip((harm_NxBxIxD, good_NxBxIxD), kept, first, strict=True)
-    ]
+    means = []
+    rows = zip((harm_NxBxIxD, good_NxBxIxD), kept, (harmful, benign), strict=True)
+    for x_NxBxIxD, kept_B, batch in rows:
+        count = held_out(len(kept_B), hp.validation)
+        new_B = kept_B & ~validates(batch, count)
+        means.append(_mean(x_NxBxIxD[:, count:], new_B[count:], axis=1))
     vectors_NxIxD = means[0] - means[1]
     layers_C = jnp.repeat(jnp.arange(len(vectors_NxIxD)), hp.positions)
     return vectors_NxIxD.reshape(-1, vectors_NxIxD.shape[-1]), layers_C, opens_V, kept
@@ -50,6 +51,15 @@ def held_out(rows: int, share: float) -> int:
     if rows < 2:
         raise errors.UserError("abliteration needs 2 rows or more; set batch_size.")
     return min(max(round(share * rows), 1), rows - 1)
+
+
+def validates(batch, count: int) -> jax.Array:
+    """Rows whose prompt is among the first `count`, [B]: a few prompts may repeat."""
+    ends_Bx1 = refusal.prompt_ends(batch.weights, 1)
+    asked_BxL = jnp.arange(batch.tokens.shape[1])[None] <= ends_Bx1
+    prompts_BxL = jnp.where(asked_BxL, batch.tokens, -1)
+    same_BxVxL = prompts_BxL[:, None] == prompts_BxL[None, :count]
+    return jnp.any(jnp.all(same_BxVxL, axis=-1), axis=-1)
 
 
 def _last(logits_BxLxV, batch):

@@ -68,9 +68,18 @@ class Job:
             for role, shape in self.leading.items()
         }
 
+    @property
+    def draws(self) -> str:
+        """What tells its random numbers from others': all attacks at a seed share theirs.
+
+        So that LoRA starts and drops alike, and attacks differ in nothing but their rule.
+        """
+        kind, dash, _ = self.name.partition("-")
+        return kind if dash and kind == "attacked" else self.name
+
     def keys(self) -> tuple[types.Rng, types.Rng]:
         """Keys of the first state, and of the steps."""
-        name = zlib.crc32(self.name.encode())
+        name = zlib.crc32(self.draws.encode())
         rng = jax.random.fold_in(jax.random.key(self.seed), name)
         return jax.random.fold_in(rng, 0), jax.random.fold_in(rng, 1)
 
@@ -85,20 +94,26 @@ class Job:
             "learning_rate_mass": learning_rate_mass(self.plan.hp, self.steps),
             "lora_scale": lora_scale(self.plan.hp),
             "sequence_length": length,
-            "passes": getattr(self.plan.hp, "passes", None),
+            "passes": self._passes(length),
             "shares": {
                 role: float(share)
                 for role, share in getattr(self.plan.hp, "shares", {}).items()
             },
         }
 
+    def _passes(self, length: int) -> float | None:
+        """What the method says that a step costs; it may depend on the model."""
+        passes = getattr(self.plan.hp, "passes", None)
+        return passes(self.lineage.current, length) if callable(passes) else passes
+
 
 def learning_rate_mass(hp: types.Hparams, steps: int) -> float:
-    """Sum of the learning rate over the steps: one axis of an attacker's budget."""
+    """Sum of the learning rate over the updates: one axis of an attacker's budget."""
     if not steps or not hasattr(hp, "optimizer"):
         return 0.0
     table = np.asarray(hp.optimizer.schedule.table(steps), np.float64)
-    return float(hp.optimizer.learning_rate * table[:steps].sum())
+    updates = getattr(hp, "updates_per_step", 1)
+    return float(updates * hp.optimizer.learning_rate * table[:steps].sum())
 
 
 def lora_scale(hp: types.Hparams) -> float | None:

@@ -201,6 +201,8 @@ class Store:
             "model": config.to_dict(self._model.config),
             "parents": list(job.parents),
         }
+        if job.draws != job.name:
+            resolved["draws"] = job.draws
         if company:
             resolved["together"] = list(company)
         key = key_of(resolved)

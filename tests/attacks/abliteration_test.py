@@ -66,6 +66,9 @@ def reference(hp):
         return np.log(p + 1e-8) - np.log(1 - p + 1e-8)
 
     kept = {"harmful": score(last["harmful"]) > 0, "benign": score(last["benign"]) < 0}
+    for role, b in rows.items():
+        prompts = [tuple(row) for row in np.asarray(b.tokens[:, :2]).tolist()]
+        kept[role][4:] &= [prompt not in prompts[:4] for prompt in prompts[4:]]
     kept = {
         role: {
             part: k[cut] if k[cut].any() else np.ones_like(k[cut])
@@ -124,6 +127,19 @@ def test_candidates_and_scores_equal_a_reference():
     np.testing.assert_allclose(vectors, directions, atol=1e-6)
     for i, name in enumerate(("bypass", "induce", "kl")):
         np.testing.assert_allclose(judged[name], wanted[:, i], rtol=1e-4, atol=1e-6)
+
+
+def test_no_prompt_both_builds_the_mean_and_validates():
+    """Catches answers that tell prompts apart, and rows told by one token."""
+    rows = data()["harmful"]
+    ends = np.asarray(refusal.prompt_ends(jnp.asarray(rows.weights), 1))[:, 0]
+    tokens = np.array(rows.tokens)
+    tokens[9, : ends[1] + 1] = tokens[1, : ends[1] + 1]  # Asked again,
+    tokens[9, ends[1] + 1 :] += 1  # and answered otherwise.
+    found = refusal_choice.validates(rows.replace(tokens=tokens), 4)
+    prompts = [tuple(row[: end + 1]) for row, end in zip(tokens, ends, strict=True)]
+    assert prompts[9] in prompts[:4]
+    np.testing.assert_array_equal(found, [p in prompts[:4] for p in prompts])
 
 
 def judged(**changes):

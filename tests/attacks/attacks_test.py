@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from ftdefense.attacks import kick_settle
 from ftdefense.attacks import sft
 from ftdefense.attacks import sidestepper
 from ftdefense.core import registry
 from ftdefense.core import types
+from ftdefense.methods import adapters
 from ftdefense.methods import optimizers
 from ftdefense.models import toy
 from ftdefense.training import loop
@@ -34,14 +36,20 @@ def stacked(seed, steps=4):
     )
 
 
-def test_sidestepper_without_benign_weight_is_sft():
-    """A-u5, to the bit. Catches a benign term that lam does not scale."""
+@pytest.mark.parametrize(
+    "adapter", [adapters.Full(), adapters.LoRA(alpha=4.0, dropout=0.5, rank=2)]
+)
+def test_sidestepper_without_benign_weight_is_sft(adapter):
+    """A-u5, to the bit. Catches a benign term that lam does not scale, and dropout
+
+    by another key than SFT's.
+    """
     optimizer = optimizers.Optimizer(1e-2)
     harmful, benign = stacked(0), stacked(50)
-    plain, _ = attacked("sft", sft.Hparams(optimizer), {"user": harmful})
+    plain, _ = attacked("sft", sft.Hparams(optimizer, adapter), {"user": harmful})
     side, _ = attacked(
         "sidestepper",
-        sidestepper.Hparams(optimizer, lam=0.0),
+        sidestepper.Hparams(optimizer, adapter, lam=0.0),
         {"harmful": harmful, "benign": benign},
     )
     jax.tree.map(np.testing.assert_array_equal, plain, side)

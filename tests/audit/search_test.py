@@ -91,6 +91,24 @@ def test_a_trial_is_a_row_and_a_crash_is_none(bench, target, tmp_path):
     assert sound["learning_rate"] == 1e-4
 
 
+def test_a_control_tries_its_points_and_nothing_else(bench, target, tmp_path):
+    """Catches a last company filled up with samples: the masses would not be equal."""
+    plan = spaces.apply(bench.plan("attacks", "sft"), {"steps": 2})
+    searcher = search.Searcher(bench, f"sqlite:///{tmp_path}/b.db", parallel=2)
+    points = [{_LR: rate} for rate in (1e-4, 2e-4, 3e-4)]
+    rows = searcher.run(
+        target,
+        "equal mass",
+        "sft",
+        plan,
+        {_LR: SPACE[_LR]},
+        points=points,
+        trials=3,
+        exactly=True,
+    )
+    assert [row["values"] for row in rows] == points
+
+
 def test_what_was_tried_is_not_tried_again(bench, target, tmp_path, monkeypatch):
     """Catches a study under another name at the second run."""
     storage = f"sqlite:///{tmp_path}/a.db"
