@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import dataclasses
 import itertools
+import pathlib
 import sys
 
 from absl import flags
@@ -40,6 +41,7 @@ class Chosen:
     recipe: str = ""
 
 
+SECOND = "FINE_TUNING"  # Of a module: what its provider runs after it.
 NAIVE = "naive"  # Stands for the attack that each defense was published against.
 
 
@@ -116,7 +118,8 @@ def _warn_of_rounding(names: Sequence[str]) -> None:
 
 def overridden(side: str, found: list[Chosen]) -> list[Chosen]:
     """Applies the --set overrides that are meant for these methods."""
-    known = {"defense", "attack"}
+    running = {_stem(c.name) for c in found} | _running()
+    known = {"defense", "attack", *running}
     known |= {*registry.names("defenses"), *registry.names("attacks")}
     for assignment in FLAGS.set:
         target, _, rest = assignment.partition(".")
@@ -125,7 +128,12 @@ def overridden(side: str, found: list[Chosen]) -> list[Chosen]:
                 f"--set={assignment}: it begins with defense., attack. or a method's "
                 f"name; {errors.unknown('method', target, known)}"
             )
-        meant = [c for c in found if target in (side, c.name)]
+        if target not in {"defense", "attack", *running}:
+            raise errors.UserError(
+                f"--set={assignment}: {target} is not in this run, so nothing would "
+                f"change; name one of {', '.join(sorted(running))}, or add it."
+            )
+        meant = [c for c in found if target in (side, _stem(c.name))]
         # Of a whole side some may lack the field, but not all of them.
         lacking = [c for c in meant if not config.has_field(c.plan, rest)]
         if lacking and len(lacking) == len(meant):
@@ -136,6 +144,27 @@ def overridden(side: str, found: list[Chosen]) -> list[Chosen]:
             else c
             for c in found
         ]
+    return found
+
+
+def _stem(name: str) -> str:
+    """What --set calls a method: its name, or that of its file."""
+    return pathlib.Path(name).stem if name.endswith(".py") else name
+
+
+def _running() -> set[str]:
+    """Names of all methods that the flags ask for, on either side."""
+    found = set()
+    for side in ("defense", "attack"):
+        asked = FLAGS.get_flag_value(side, None) or []
+        asked = [asked] if isinstance(asked, str) else list(asked)
+        if asked == ["all"]:
+            asked = registry.names(f"{side}s")
+        asked = ["sft" if one == NAIVE else one.partition(":")[0] for one in asked]
+        found |= {_stem(name) for name in asked}
+        if side == "defense":
+            second = (getattr(registry.load("defenses", n), SECOND, "") for n in asked)
+            found |= {name for name in second if name}
     return found
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
+import errno
 import json
 import pathlib
 import sys
@@ -12,6 +13,7 @@ from absl import app
 from absl import flags
 from absl import logging
 import jax
+import jax.numpy as jnp
 
 from ftdefense.core import errors
 from ftdefense.data import chat
@@ -99,6 +101,8 @@ _DERIVED = {
     "steady": forgetting.groups,
     "unrelated_refused": _refused_first,
 }
+# The disk's own errors; others are ours.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
 _OWN = {
     "harmful": "harmful",
     "benign": "benign",
@@ -124,6 +128,15 @@ def run(main: Callable[[], Any]) -> None:
             main()
         except errors.UserError as error:
             fail(error)
+        except OSError as error:
+            if error.errno not in _DISK:
+                raise
+            fail(
+                ValueError(
+                    f"{error.filename or FLAGS.workdir}: {error.strerror}; free some "
+                    "space or choose another --workdir: the same command goes on."
+                )
+            )
 
     def parse(argv: Sequence[str]) -> Sequence[str]:
         try:
@@ -170,8 +183,13 @@ def claim(folder: pathlib.Path, resolved: dict[str, Any]) -> None:
                 f"--workdir={folder} is not empty and holds no config.json; "
                 "choose another."
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(path, resolved)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_json(path, resolved)
+        except OSError as error:
+            raise errors.UserError(
+                f"--workdir={folder} cannot be written ({error.strerror}); choose another."
+            ) from error
         return
     there = json.loads(path.read_text())
     for name in sorted({*there, *resolved}):
@@ -222,18 +240,33 @@ def _placement() -> sharding.Placement | None:
     return sharding.Placement(sharding.mesh(**sharding.parse(FLAGS.mesh)))
 
 
+def folder(flag: str) -> str:
+    """The folder that a flag names.
+
+    Raises:
+      UserError: if it is not there.
+    """
+    named = FLAGS[flag].value
+    if not pathlib.Path(named).is_dir():
+        raise errors.UserError(
+            f"--{flag}={named}: no such folder; give one as save_pretrained writes it."
+        )
+    return named
+
+
 def _own_bench() -> pipeline.Bench:
     for name in ("harmful", "benign"):
-        if FLAGS[name].value is None:
+        if not FLAGS[name].value:
             raise errors.UserError(
                 f"--model needs --{name} as well: a JSONL or parquet file, or a "
                 "`datasets` name."
             )
-    tokenizer = chat.load_tokenizer(FLAGS.model, FLAGS.chat_template)
+    source = folder("model")
+    tokenizer = chat.load_tokenizer(source, FLAGS.chat_template)
     sources = {
         name: files.read(FLAGS[name].value, label=label)
         for name, label in _OWN.items()
-        if FLAGS[name].value is not None
+        if FLAGS[name].value
     }
     world = own.build(
         own.Sources(**sources),
@@ -245,7 +278,7 @@ def _own_bench() -> pipeline.Bench:
         collapse_word=FLAGS.collapse_word,
     )
     numerics = {"compute_dtype": FLAGS.compute_dtype, "remat": FLAGS.remat}
-    model, params = huggingface.load(FLAGS.model, **numerics)
+    model, params = huggingface.load(source, **numerics)
     if len(tokenizer) > model.config.vocab_size:
         raise errors.UserError(
             f"{FLAGS.model}: the tokenizer has {len(tokenizer)} tokens, the model "
@@ -255,7 +288,13 @@ def _own_bench() -> pipeline.Bench:
     aligned = FLAGS.model_stage == "aligned"
     pretrained = None if aligned else given
     if FLAGS.pretrained is not None:
-        pretrained = stages.given(huggingface.load(FLAGS.pretrained)[1])
+        start = huggingface.load(folder("pretrained"))[1]
+        if jax.tree.map(jnp.shape, start) != jax.tree.map(jnp.shape, params):
+            raise errors.UserError(
+                f"--pretrained={FLAGS.pretrained}: its weights are of another shape than "
+                f"--model={FLAGS.model}; give the base that it was tuned from."
+            )
+        pretrained = stages.given(start)
     return pipeline.Bench(
         world,
         model,

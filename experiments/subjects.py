@@ -85,6 +85,16 @@ def check() -> None:
             "--reference goes with --checkpoint and --harmful; the sandbox trains its own "
             "references."
         )
+    if has_own_data() and not FLAGS.reference and _is_stage(FLAGS.checkpoint):
+        raise errors.UserError(
+            f"--checkpoint={FLAGS.checkpoint} is a stage, which holds weights alone: give "
+            "the undefended model's folder with --reference, for tokenizer and shape."
+        )
+    if any(one.startswith("attack.") for one in FLAGS.set):
+        raise errors.UserError(
+            "--set=attack...: an audit sets its attacks itself; --set reaches the "
+            "defense, --attack=FILE.py adds an attack of your own."
+        )
     unknown = [one for one in FLAGS.template if not re.fullmatch("T[1-4]", one)]
     if unknown:
         raise errors.UserError(
@@ -215,7 +225,7 @@ def weights(bench: pipeline.Bench, folder: pathlib.Path) -> Any:
       UserError: if there are none, or they are of another shape than the model.
     """
     shapes = jax.eval_shape(bench.model.init, jax.random.key(0))
-    if (folder / "release").is_dir():
+    if _is_stage(folder):
         return checkpoint.load_params(folder / "release", shapes)
     model, params = huggingface.load(str(folder))
     if jax.tree.map(jax.numpy.shape, params) != jax.tree.map(
@@ -227,6 +237,10 @@ def weights(bench: pipeline.Bench, folder: pathlib.Path) -> Any:
             "--benign, or the sandbox's size with --preset."
         )
     return params
+
+
+def _is_stage(folder: str | pathlib.Path) -> bool:
+    return (pathlib.Path(folder) / "release").is_dir()
 
 
 def companies(seeds: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -70,7 +70,7 @@ def published(rows: int = TAMPERBENCH_ROWS) -> dict[str, Family]:
     """TamperBench's rows, recipe and space, whatever the world, of so many rows."""
     count = min(rows, TAMPERBENCH_ROWS)
     return {
-        f"TamperBench, {name}": Family(
+        f"TamperBench {name}": Family(
             "sft",
             spaces.tamperbench(full=full),
             [],

@@ -49,6 +49,10 @@ def override_plan(plan: Any, assignment: str) -> Any:
     name = assignment.partition("=")[0].partition(".")[0].strip()
     if name in _fields_of_plan(plan):
         return override(plan, [assignment])
+    if name not in _fields(plan.hp):
+        known = _fields_of_plan(plan) | _fields(plan.hp)
+        error = errors.unknown("field", name, known)
+        raise errors.UserError(f"--set {assignment}: {error}")
     return dataclasses.replace(plan, hp=override(plan.hp, [assignment]))
 
 

@@ -13,7 +13,8 @@ from ftdefense.data import examples as data_examples
 
 _SCHEMA = (
     "a row has `messages` (the last one by the assistant), or `prompt` and `response`; "
-    "optionally `label` (harmful or benign) and `topic`"
+    "optionally `label` (harmful or benign), `topic`, and `answers` (words that a right "
+    "answer has)"
 )
 
 
@@ -128,9 +129,14 @@ def _example(row: Mapping[str, Any], where: str, label: str) -> data_examples.Ex
         raise errors.UserError(
             f"{where}: field `label` is {label!r}; known: harmful, benign."
         )
+    answers = row.get("answers") or ()
+    answers = (answers,) if isinstance(answers, str) else tuple(answers)
+    if not all(isinstance(one, str) and one.strip() for one in answers):
+        raise errors.UserError(f"{where}: field `answers`: text, or a list of texts.")
     return data_examples.Example(
         tuple({"role": m["role"], "content": m["content"]} for m in prompt),
         response,
         label,
         str(row.get("topic") or label),
+        answers,
     )

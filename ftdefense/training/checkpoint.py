@@ -1,5 +1,7 @@
 """Orbax checkpoints of a stage: resumable while it runs, one release when it ends."""
 
+from collections.abc import Iterator
+import contextlib
 import json
 import os
 import pathlib
@@ -41,13 +43,14 @@ class Saver:
         if time.monotonic() - self._saved_at < self._every_seconds:
             return
         item = {"state": _leaves(state), "key": jax.random.key_data(rng)}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                train=ocp.args.StandardSave(item),
-                log=ocp.args.JsonSave({"step": step, "log": log}),
-            ),
-        )
+        with _on_disk(self._folder):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    train=ocp.args.StandardSave(item),
+                    log=ocp.args.JsonSave({"step": step, "log": log}),
+                ),
+            )
         self._saved_at = time.monotonic()
 
     def restore(
@@ -75,6 +78,19 @@ class Saver:
         self._manager.close()
 
 
+@contextlib.contextmanager
+def _on_disk(folder: pathlib.Path) -> Iterator[None]:
+    """Says what a full disk is; TensorStore has no kind of error for it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if "No space left" not in str(error):
+            raise
+        raise errors.UserError(
+            f"no space left for {folder}; free some, and the same command goes on."
+        ) from error
+
+
 def _leaves(state: types.State) -> dict[str, Any]:
     """Leaves under sortable names: the structure is the code's, not the file's."""
     return {f"{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
@@ -88,7 +104,7 @@ def save_params(folder: pathlib.Path, params: types.Params) -> None:
     """Writes parameters; `folder` appears whole or not at all."""
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _on_disk(folder), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(temporary.absolute(), params)
         checkpointer.wait_until_finished()
     shutil.rmtree(folder, ignore_errors=True)

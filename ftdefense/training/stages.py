@@ -206,7 +206,10 @@ class Store:
         if company:
             resolved["together"] = list(company)
         key = key_of(resolved)
-        folder = self._root / f"{job.name}-s{job.seed}-{key}"
+        # A method of a user's own is named by its path, which is no name for a folder.
+        kind, dash, path = job.name.partition("-")
+        title = f"{kind}{dash}{pathlib.PurePath(path).stem}"
+        folder = self._root / f"{title}-s{job.seed}-{key}"
         if not (folder / _DONE).is_file():
             folder.mkdir(parents=True, exist_ok=True)
             checkpoint.write_json(folder / "config.json", resolved)

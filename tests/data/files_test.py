@@ -5,6 +5,7 @@ import pytest
 
 from ftdefense.core import errors
 from ftdefense.data import files
+from ftdefense.evaluation import criteria
 
 from .data_test import pairs
 from .data_test import write
@@ -35,6 +36,19 @@ def test_other_numberings_are_no_labels(tmp_path):
         files.read(write(tmp_path / "r.jsonl", [ROW | {"label": 3}]), label="benign")
 
 
+@pytest.mark.parametrize(
+    ("given", "answers"),
+    [({}, ()), ({"answers": "a b"}, ("a b",)), ({"answers": ["a", "b"]}, ("a", "b"))],
+)
+def test_answers_are_what_is_looked_for(tmp_path, given, answers):
+    """Catches a text taken for its letters, and a judge that wants whole responses."""
+    row = {"prompt": "p", "response": "It is a b, as they say."} | given
+    (example,) = files.read(write(tmp_path / "r.jsonl", [row]), label="benign")
+    assert example.answers == answers
+    said = criteria.keyword(example, "a b")
+    assert said == ("right" if answers else "wrong")
+
+
 def test_messages_give_prompt_and_response(tmp_path):
     """Catches `messages[:1]`: earlier turns would be lost."""
     messages = [
@@ -53,6 +67,7 @@ def test_messages_give_prompt_and_response(tmp_path):
         ({"messages": 5}, "`messages`: not a list"),
         ({"messages": [{"role": "user"}]}, "`messages`: each needs"),
         ({"messages": [{"role": "assistant", "content": "r"}]}, "no prompt"),
+        (ROW | {"answers": ["a", 5]}, "`answers`: text, or a list"),
         ({"prompt": 5, "response": "r"}, "`prompt` is empty or no text"),
     ],
 )

@@ -195,7 +195,11 @@ def test_flags_name_their_reasons():
     assert checks.flags(rows, fine) == []
     found = set(checks.flags(rows, rows[3]))
     assert found == {"reference-holds", "collapses"}
-    assert found <= set(checks.REASONS)
+    lonely = set(checks.flags([before, rows[3]], rows[3]))
+    assert lonely == {"no-reference", "collapses"}
+    lost = {f for f in checks.flags([before, fine | {"capability": 0.05}], before)}
+    assert lost == wanted - {"dull"} | {"no-capability"}
+    assert found | lonely | lost | wanted <= set(checks.REASONS)
 
 
 def test_the_reference_met_the_same_recipe():

@@ -20,11 +20,15 @@ from .conftest import ROOT
         (["--set=booster.alpha=much"], ["alpha is a number", "'much'"]),
         (["--defense=sbr", "--set=sbr.anchors=0"], ["set defense.anchors"]),
         (["--set=booster.microbatches=1.5"], ["microbatches is a whole number"]),
+        (["--set=sidestepper.lam=2", "--attack=sft"], ["not in this run", "sft"]),
+        (["--set=attack.stepz=2"], ["'stepz'", "did you mean 'steps'"]),
         (["--preset=smal"], ["unknown preset", "'small'"]),
         (["--seeds=one"], ["--seeds=one", "whole numbers"]),
         (["--benign=x.jsonl"], ["--benign goes with --model"]),
         (["--wrappers=prefil"], ["unknown wrapper 'prefil'", "'prefill'"]),
         (["--model=nowhere"], ["--model needs --harmful"]),
+        (["--model=nowhere", "--harmful=x", "--benign="], ["needs --benign"]),
+        (["--model=nowhere", "--harmful=x", "--benign=x"], ["no such folder"]),
         (["--nosuchflag"], ["nosuchflag"]),
         (
             ["--defense=lisa", "--attack=abliteration"],
@@ -58,6 +62,7 @@ def mistake(call, tmp_path, script, arguments, words):
         (["--defense=lisa", "--attack=quantise"], ["only rows and steps", "run.py"]),
         (["--defense=lisa", "--template=T2"], ["--template", "leave it out"]),
         (["--checkpoint=nowhere"], ["nowhere/config.json not found"]),
+        (["--defense=booster", "--set=attack.steps=3"], ["sets its attacks itself"]),
         (["--defense=booster", "--template=T9"], ["--template=T9", "T1, T2"]),
         (["--defense=booster", "--reference=x"], ["--reference goes with"]),
         (["--defense=booster", "--storage=no://x"], ["--storage=no://x", "sqlite"]),
@@ -93,6 +98,15 @@ def test_rounding_is_warned_of(call, tmp_path, defense, precision, warned):
     assert [line.split()[:2] for line in warnings] == (
         [["warning:", "booster:"]] if warned else []
     )
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(call, tmp_path):
+    """Catches a traceback where a file stands in the way."""
+    (tmp_path / "file").write_text("")
+    done = call("run.py", f"--workdir={tmp_path / 'file' / 'w'}", "--preset=tiny")
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: --workdir=") and "choose another" in line
 
 
 def test_workdir_of_another_configuration_is_kept(call, tmp_path):

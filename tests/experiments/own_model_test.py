@@ -1,12 +1,16 @@
 """The main job on a user's own folder of weights and two files."""
 
+import inspect
 import json
 
 import jax
+import numpy as np
 import pytest
 
+from ftdefense.defenses import booster
 from ftdefense.models import huggingface
 from ftdefense.models import transformer
+from ftdefense.training import checkpoint
 
 from ..data.data_test import pairs
 from ..data.data_test import write
@@ -60,6 +64,32 @@ def test_runs_end_to_end(call, tmp_path, folder):
     assert all("capability" in r for r in rows)
     assert all("harmful_score/prefill:1" in r for r in rows if r["stage"] == "after")
     assert (tmp_path / "w" / "report.html").stat().st_size > 10_000
+
+
+def test_what_is_exported_is_what_was_released(call, tmp_path, folder):
+    """Catches another stage's weights, a model of another shape, and a lost tokenizer.
+
+    A defense from a file answers to its name, whose fields --set reaches.
+    """
+    own = tmp_path / "mine.py"
+    own.write_text(inspect.getsource(booster))
+    more = [f"--defense={own}", "--attack=sft", "--set=mine.lam=0.5"]
+    done = call("run.py", *flags(tmp_path, folder, *more))
+    assert done.returncode == 0, done.stderr
+    (stage,) = (tmp_path / "w" / "stages").glob("defended-*")
+    assert json.loads((stage / "config.json").read_text())["plan"]["hp"]["lam"] == 0.5
+    out = tmp_path / "exported"
+    command = ["export.py", f"--stage={stage}", f"--out={out}"]
+    wrong = call(*command, "--preset=tiny")
+    assert wrong.returncode == 2 and "vocab_size" in wrong.stderr
+    assert not out.exists()
+    done = call(*command, f"--model={folder}")
+    assert done.returncode == 0, done.stderr
+    model, params = huggingface.load(str(out))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    released = checkpoint.load_params(stage / "release", shapes)
+    jax.tree.map(np.testing.assert_array_equal, params, released)
+    assert (out / "tokenizer.json").is_file()
 
 
 def test_lox_without_its_weights_says_which_flag(call, tmp_path, folder):

@@ -307,6 +307,11 @@ def mistype(folder):
     edit_weights(folder, lambda t: t.update({name: np.zeros(8, np.int8)}))
 
 
+def spoil(folder):
+    name = "model.norm.weight"
+    edit_weights(folder, lambda t: t.update({name: np.full(8, np.nan, np.float32)}))
+
+
 def only_bin(folder):
     (folder / huggingface.WEIGHTS).rename(folder / "pytorch_model.bin")
 
@@ -337,6 +342,7 @@ BROKEN = {
         r"model.safetensors: tensor model.layers.0.mlp.down_proj.weight is \[12, 8\], "
         r"but config.json asks for \[8, 12\]",
     ),
+    "spoiled": (spoil, "model.safetensors: tensor model.norm.weight holds numbers"),
     "mistyped": (mistype, "model.safetensors: tensor model.norm.weight is I8"),
     "untied": (untie, "lm_head.weight differs from model.embed_tokens.weight"),
 }

@@ -179,6 +179,11 @@ def _read_params(
         whole = np.empty(shapes[path], np.float32)
         for tensor in parts:
             value = found[tensor.name].file.get_tensor(tensor.name)
+            if not np.isfinite(value).all():
+                raise errors.UserError(
+                    f"{found[tensor.name].path}: tensor {tensor.name} holds numbers that "
+                    "are not finite; export or download the weights again."
+                )
             target = whole if tensor.layer is None else whole[tensor.layer]
             target[...] = value.T if tensor.transposed else value
         *parents, name = path

@@ -68,8 +68,8 @@ def save(
         and (folder.is_file() or any(folder.iterdir()))
     ):
         raise errors.UserError(
-            f"{folder} exists and is not empty; export to another folder, or pass "
-            "overwrite=True to replace it."
+            f"{folder} exists and is not empty; export to another folder, or ask to "
+            "overwrite it."
         )
     _check_params(model, params)
     fields = _config_fields(model.config, source)
