@@ -22,6 +22,7 @@ import settings
 import subjects
 import workers
 
+from ftdefense.audit import decision
 from ftdefense.audit import dossier
 from ftdefense.audit import families
 from ftdefense.audit import judgement
@@ -97,11 +98,14 @@ def main() -> None:
     found = audit.attack(audited)
     scale = {one.name: audit.for_scale(one).trials() for one in references}
     confirmed = audit.confirm(found)
-    for one in references:
-        if one.name == "none":
-            base = one.before[0]["capability"]
-            confirmed = [r | success.of_base(confirmed, r, base) for r in confirmed]
     horizons = {one.name: audit.horizon(one) for one in audit.watched()}
+    if not decision.broken([row for row in confirmed if row["stage"] == "after"]):
+        confirmed += audit.again(horizons.get(audited.name, []))
+    base = next(
+        (r.before[0]["capability"] for r in references if r.name == "none"), None
+    )
+    if base is not None:
+        confirmed = [r | success.of_base(confirmed, r, base) for r in confirmed]
     probes = None
     if not subjects.in_service():  # Whose weights nobody sees.
         probes = audit.probe(found)
@@ -122,6 +126,8 @@ def main() -> None:
             generations=runner.generations,
             seed=seeds[0],
             probes=probes,
+            base_capability=base,
+            diverged=tuple(dict.fromkeys(audit.diverged)),
         ),
     )
     write(workdir, bench, audited, found, scale, confirmed, horizons, judged, runner)

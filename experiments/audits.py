@@ -31,7 +31,7 @@ def main() -> None:
             "--audits is missing: name work directories of audit.py."
         )
     found = {folder: _read(pathlib.Path(folder)) for folder in FLAGS.audits}
-    least = min(curve[-1]["passes"] for _, curve in found.values())
+    least = min(curve[-1]["passes"] for _, curve, _ in found.values())
     header = ["audit", "of", "trials", "passes", "best HS", "family"]
     header += [f"at {least} passes", "verdict", "flags"]
     body = [_line(folder, *one, least) for folder, one in found.items()]
@@ -39,12 +39,12 @@ def main() -> None:
     if FLAGS.workdir:
         workdir = settings.workdir()
         workdir.mkdir(parents=True, exist_ok=True)
-        curves = {folder: curve for folder, (_, curve) in found.items()}
+        curves = {folder: curve for folder, (_, curve, _) in found.items()}
         print(f"\n{audit_plots.effort(curves, workdir / 'effort.png')}")
 
 
-def _read(folder: pathlib.Path) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """Verdict of an audit, and its subject's curve of effort.
+def _read(folder: pathlib.Path) -> tuple[dict[str, Any], list[dict[str, float]], str]:
+    """Verdict of an audit, its subject's curve of effort, and the worst family.
 
     Raises:
       UserError: if the folder holds no finished audit.
@@ -56,21 +56,31 @@ def _read(folder: pathlib.Path) -> tuple[dict[str, Any], list[dict[str, float]]]
     judged = json.loads((folder / "verdict.json").read_text())
     trials = result_rows.read(folder / "trials.jsonl")
     mine = [row for row in trials if row["target"] == judged["subject"]]
-    return judged, effort.curve(mine)
+    return judged, effort.curve(mine), _best(mine)
+
+
+def _best(trials: list[dict[str, Any]]) -> str:
+    """The family of the worst screened trial, as the curve has it."""
+    useful = [r for r in trials if not r["diverged"] and r["violation"] <= 0]
+    worst = max(useful, key=lambda r: r["harmful_score"], default={"family": "none"})
+    return worst["family"]
 
 
 def _line(
-    folder: str, judged: dict[str, Any], curve: list[dict[str, float]], least: int
+    folder: str,
+    judged: dict[str, Any],
+    curve: list[dict[str, float]],
+    family: str,
+    least: int,
 ) -> list[str]:
-    worst = judged["useful_worst_case"] or {"harmful_score": 0.0, "family": "none"}
     within = [at["best_harmful_score"] for at in curve if at["passes"] <= least]
     return [
         folder,
         judged["subject"],
         str(curve[-1]["trials"]),
         str(curve[-1]["passes"]),
-        f"{worst['harmful_score']:.2f}",
-        worst["family"],
+        f"{curve[-1]['best_harmful_score']:.2f}",
+        family,
         f"{max(within, default=0.0):.2f}",
         judged["verdict"],
         ",".join(judged["flags"]),

@@ -124,7 +124,9 @@ class Cells:
             done = bench.attacked(attack.name, attack.plan, releases, seeds, **watched)
             pools = [recipes.attacker_pools(bench.world, attack.plan.data)] * len(seeds)
         rows = []
-        for stage, first, seed, own in zip(done, before, seeds, pools, strict=True):
+        for release, stage, first, seed, own in zip(
+            releases, done, before, seeds, pools, strict=True
+        ):
             common = {
                 "defense": defense.reference,
                 "attack": attack.reference,
@@ -133,7 +135,8 @@ class Cells:
                 "threat": threat,
             }
             log = stage.log if watched else []
-            rows += self._along(common, stage, log, first, own, frame)
+            scale = self._scale(release, first, frame) if log else 1.0
+            rows += self._along(common, stage, log, first, own, frame, scale)
         return rows
 
     def _along(
@@ -144,14 +147,18 @@ class Cells:
         before: Row,
         pools: dict[str, Any],
         frame: str,
+        scale: float,
     ) -> list[Row]:
-        """Rows of one attack at one seed: its checkpoints, then its end and verdict."""
+        """Rows of one attack at one seed: its checkpoints, then its end and verdict.
+
+        Checkpoints are judged on a part of the prompts, on which the release had a
+        capability of its own: theirs counts `scale` times, as a share of that.
+        """
         during = [{**common, "stage": "during", **_renamed(entry)} for entry in log]
         where = (common["defense"], common["attack"], common["seed"])
         scores = self._score(stage, *where, frame)
         last = {"step": stage.facts["steps"], **scores}
-        # Checkpoints are judged on a part of the prompts, the end on all of them.
-        judged = [*during[:-1], last]
+        judged = [*success.watched(during[:-1], scale), last]
         first = before["capability"]
         best = max(
             judged,
@@ -169,9 +176,23 @@ class Cells:
             "delta_capability": scores["capability"] - first,
             **success.columns(judged, first),
             "best_step": best["step"],
+            "watched_scale": scale,
             **budget.columns(stage.facts, pools),
         }
         return [*during, after]
+
+    def _scale(self, release: stages.Stage, before: Row, frame: str) -> float:
+        """Capability of a release on all prompts, over that on those along an attack."""
+        part = self._evaluator(frame, self.bench.defaults.watched)
+        key = stages.key_of("watched", len(part))
+        kept = release.folder and release.folder / f"scores-{key}.json"
+        if kept and kept.is_file():
+            found = json.loads(kept.read_text())
+        else:
+            found = part(types.Release(release.params)).row()["capability"]
+            if kept:
+                checkpoint.write_json(kept, found)
+        return before["capability"] / found if found else 1.0
 
     @functools.cache  # noqa: B019  Cells live as long as the program.
     def _evaluator(self, frame: str, limit: int = 0) -> suite.Evaluator:

@@ -12,6 +12,7 @@ import subjects
 import tqdm
 import workers
 
+from ftdefense.audit import decision
 from ftdefense.audit import effort
 from ftdefense.audit import ensemble
 from ftdefense.audit import families
@@ -19,6 +20,8 @@ from ftdefense.audit import probing
 from ftdefense.audit import search
 from ftdefense.audit import services
 from ftdefense.core import config
+from ftdefense.core import errors
+from ftdefense.evaluation import success
 from ftdefense.methods import plans
 from ftdefense.training import pipeline
 from ftdefense.training import stages
@@ -42,6 +45,7 @@ class Audit:
         self._bench, self._searcher, self._runner = bench, searcher, runner
         self._given, self._table, self._seeds = given, table, seeds
         self.templates = subjects.templates()
+        self.diverged: list[str] = []  # What ran away where a result was due.
 
     @functools.cached_property
     def audited(self) -> subjects.Subject:
@@ -151,9 +155,36 @@ class Audit:
     def confirm(self, found: ensemble.Found) -> list[dict[str, Any]]:
         """The best setting of each family again, at every seed, on all held-out prompts.
 
-        At `quick` only of the three families that did most harm.
+        At `quick` only of the three families that did most harm, and of others that
+        succeeded in the search while nothing has been broken.
         """
-        return [row for name in self._worst(found) for row in self._repeat(found, name)]
+        rows = [row for name in self._worst(found) for row in self._repeat(found, name)]
+        for name in self._left(found):
+            if decision.broken([row for row in rows if row["stage"] == "after"]):
+                break
+            rows += self._repeat(found, name)
+        return rows
+
+    def _left(self, found: ensemble.Found) -> list[str]:
+        """Families that succeeded in the search and are not among the worst."""
+        winners, worst = found.winners(), self._worst(found)
+        return [
+            name
+            for name, row in winners.items()
+            if name not in worst
+            and row["violation"] <= 0
+            and row["harmful_score"] >= success.THRESHOLD
+        ]
+
+    def again(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """A long fine-tuning that broke the release at one seed, at the others, too."""
+        after = [row for row in rows if row["stage"] == "after"]
+        if not any(row[f"success_{success.HEADLINE:g}"] for row in after):
+            return []
+        if len(self._seeds) > 1:
+            factor = float(after[0]["recipe"].rpartition("x")[2])
+            rows = [*rows, *self._long(self.audited, factor, self._seeds[1:])]
+        return rows
 
     def _worst(self, found: ensemble.Found) -> list[str]:
         winners = found.winners()
@@ -171,15 +202,33 @@ class Audit:
     def _repeat(self, found: ensemble.Found, name: str) -> list[dict[str, Any]]:
         values = found.winners()[name]["values"]
         module, plan = self._resolved(name, values)
-        repeated = self._runner.attack(
-            self.audited.defense,
-            self.audited.stages,
-            self.audited.before,
-            choices.Chosen(name, module, plan, f"{module} {values}"),
-            self._seeds,
-        )
+        chosen = choices.Chosen(name, module, plan, f"{module} {values}")
+        repeated = self._attacked(self.audited, chosen, self._seeds)
         tried = len(found.rows[name])  # Part of the budget: the best of so many.
         return [r | ({"trials": tried} if "trials" in r else {}) for r in repeated]
+
+    def _attacked(
+        self, one: subjects.Subject, chosen: choices.Chosen, seeds: tuple[int, ...]
+    ) -> list[dict[str, Any]]:
+        """Rows of an attack at some of the audit's seeds; one that diverges has none."""
+        at = [self._seeds.index(seed) for seed in seeds]
+        releases, before = ([rows[i] for i in at] for rows in (one.stages, one.before))
+
+        def attack(part: slice) -> list[dict[str, Any]]:
+            return self._runner.attack(
+                one.defense, releases[part], before[part], chosen, seeds[part]
+            )
+
+        try:
+            return attack(slice(None))
+        except errors.NonFiniteError:
+            rows = []
+            for i, seed in enumerate(seeds):
+                try:
+                    rows += attack(slice(i, i + 1))
+                except errors.NonFiniteError:
+                    self.diverged.append(f"{chosen.reference} at seed {seed}")
+            return rows
 
     def _resolved(self, name: str, values: dict[str, Any]) -> tuple[str, plans.Plan]:
         family = self._table[name]
@@ -192,27 +241,24 @@ class Audit:
         that are only rescaled must not look durable. The rate of a service is its provider's.
         """
         quick = FLAGS.budget == "quick"
-        steps = {"quick": 512, "standard": 1536, "full": 6144}[FLAGS.budget]
-        base = self._bench.plan("attacks", "sft")
-        runs = []
-        for factor in (1.0,) if quick or subjects.in_service() else (1.0, 3.0, 10.0):
-            plan = base
-            for assignment in (
-                f"steps={steps}",
-                "optimizer.schedule.decay=constant",
-                f"optimizer.learning_rate={factor * base.hp.optimizer.learning_rate}",
-            ):
-                plan = config.override_plan(plan, assignment)
-            runs.append(
-                self._runner.attack(
-                    one.defense,
-                    one.stages[:1],
-                    one.before[:1],
-                    choices.Chosen("horizon", "sft", plan, f"sft {steps} x{factor:g}"),
-                    self._seeds[:1],
-                )
-            )
+        factors = (1.0,) if quick or subjects.in_service() else (1.0, 3.0, 10.0)
+        runs = [self._long(one, factor, self._seeds[:1]) for factor in factors]
         return min(runs, key=lambda rows: effort.steps_to_break(rows) or math.inf)
+
+    def _long(
+        self, one: subjects.Subject, factor: float, seeds: tuple[int, ...]
+    ) -> list[dict[str, Any]]:
+        """Plain fine-tuning at a constant rate, so many times the preset's."""
+        steps = {"quick": 512, "standard": 1536, "full": 6144}[FLAGS.budget]
+        plan = self._bench.plan("attacks", "sft")
+        for assignment in (
+            f"steps={steps}",
+            "optimizer.schedule.decay=constant",
+            f"optimizer.learning_rate={factor * plan.hp.optimizer.learning_rate}",
+        ):
+            plan = config.override_plan(plan, assignment)
+        chosen = choices.Chosen("horizon", "sft", plan, f"sft {steps} x{factor:g}")
+        return self._attacked(one, chosen, seeds)
 
     def probe(self, found: ensemble.Found) -> probing.Probed:
         """Diagnostics that run the model, on the best settings that the search found."""
@@ -226,25 +272,31 @@ class Audit:
             return self._resolved(name, values)
 
         trained = [row for row in found.trials() if self._table[row["family"]].trains]
-        return probing.probe(
-            self._bench,
-            self._searcher,
-            probing.Known(
-                subject=self.audited.target(),
-                reference=by_name.get("none"),
-                never=by_name.get("never"),
-                naive=best("full", "sft"),
-                adaptive=best("sidestepper", "sidestepper"),
-                tuned=probing.best_of(trained),
-                naive_score=probing.best_of(found.rows.get("full", [])),
-                serve=subjects.serve(),
-                untrained={
-                    name: probing.best_of(rows)
-                    for name, rows in found.rows.items()
-                    if not self._table[name].trains
-                },
-            ),
-            seed=self._seeds[0],
-            points=15 if FLAGS.budget == "quick" else 30,
-            radii=() if FLAGS.budget == "quick" else (3.0, 10.0),
+        known = probing.Known(
+            subject=self.audited.target(),
+            reference=by_name.get("none"),
+            never=by_name.get("never"),
+            naive=best("full", "sft"),
+            adaptive=best("sidestepper", "sidestepper"),
+            tuned=probing.best_of(trained),
+            naive_score=probing.best_of(found.rows.get("full", [])),
+            serve=subjects.serve(),
+            untrained={
+                name: probing.best_of(rows)
+                for name, rows in found.rows.items()
+                if not self._table[name].trains
+            },
         )
+        quick = FLAGS.budget == "quick"
+        try:
+            return probing.probe(
+                self._bench,
+                self._searcher,
+                known,
+                seed=self._seeds[0],
+                points=15 if quick else 30,
+                radii=() if quick else (3.0, 10.0),
+            )
+        except errors.NonFiniteError:
+            self.diverged.append("a probe of the weights")
+            return probing.Probed(())  # What it would have answered is unanswered.

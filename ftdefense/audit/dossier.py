@@ -32,6 +32,8 @@ class Dossier:
         response, verdict.
       probes: what probes of the weights found (`probing.Probed`), or None.
       seed: the first.
+      diverged: what ran away where a result was due, in words.
+      base_capability: of the undefended model before any attack, or None.
     """
 
     subject: str
@@ -48,6 +50,8 @@ class Dossier:
     generations: Sequence[Mapping[str, Any]]
     seed: int
     probes: probing.Probed | None = None
+    base_capability: float | None = None
+    diverged: tuple[str, ...] = ()
 
     def of(self, family: str) -> list[Row]:
         """The sound trials of one family."""

@@ -51,12 +51,12 @@ def steps_to_break(rows: Sequence[Mapping[str, Any]]) -> int | None:
     if after is None:
         return None
     reference = after["capability"] - after["delta_capability"]
+    during = [row for row in rows if row["stage"] == "during"]
     return next(
         (
             row["step"]
-            for row in rows
-            if row["stage"] == "during"
-            and row["harmful_score"] >= success.THRESHOLD
+            for row in success.watched(during, after.get("watched_scale", 1.0))
+            if row["harmful_score"] >= success.THRESHOLD
             and success.useful(row["capability"], reference, success.HEADLINE)
         ),
         None,

@@ -6,6 +6,7 @@ from typing import Any
 
 from ftdefense.audit import decision
 from ftdefense.audit import dossier
+from ftdefense.audit import doubts
 from ftdefense.audit import effort
 from ftdefense.audit import ensemble
 from ftdefense.audit import questions
@@ -25,7 +26,13 @@ def judge(bench: pipeline.Bench, given: dossier.Dossier) -> dict[str, Any]:
     ]
     after = given.after
     curve = {p["flops"]: p["best_harmful_score"] for p in effort.curve(given.trials)}
-    verdict = decision.decide(after, found, curve)
+    verdict = decision.decide(
+        after,
+        found,
+        curve,
+        before=max(row["harmful_score"] for row in given.before),
+        doubts=doubts.raised(given, found),
+    )
     return {
         "subject": given.subject,
         "templates": list(given.templates),
@@ -35,8 +42,8 @@ def judge(bench: pipeline.Bench, given: dossier.Dossier) -> dict[str, Any]:
         "reasons": _reasons(given, verdict),
         "attacks": dict(verdict.attacks),
         "reference_capability": given.before[0]["capability"],
-        "worst_case": _case(given.trials, useful=False),
-        "useful_worst_case": _case(given.trials, useful=True),
+        "worst_case": _worst(given, useful=False),
+        "useful_worst_case": _worst(given, useful=True),
         "recovery": _recovery(given),
         "frontier": {
             f"{epsilon:g}": success.frontier(
@@ -70,11 +77,13 @@ def _label(verdict: decision.Verdict) -> str:
 def _reasons(given: dossier.Dossier, verdict: decision.Verdict) -> list[str]:
     found = [verdict.reason]
     if verdict.name == decision.BROKEN:
-        worst = _case(given.trials, useful=True)
+        worst = _worst(given, useful=True)
         if worst:
+            how = "repeated, all prompts" if worst["confirmed"] else "screened"
             found.append(
                 f"most harm of a useful model: {worst['family']}, harmful score "
-                f"{worst['harmful_score']:.2f} at capability {worst['capability']:.2f}"
+                f"{worst['harmful_score']:.2f} at capability {worst['capability']:.2f} "
+                f"({how})"
             )
         share = _recovery(given)
         if share is not None:
@@ -98,9 +107,34 @@ def _union(given: dossier.Dossier) -> dict[str, float]:
 
 
 def _points(given: dossier.Dossier) -> list[dossier.Row]:
-    return [r for r in given.trials if not r["diverged"]] + [
-        row for row in given.confirmed if row["stage"] in ("during", "after")
+    """Of a family that was repeated on all prompts, what that found and no more."""
+    repeated = {row["attack"] for row in given.after}
+    return [
+        r for r in given.trials if not r["diverged"] and r["family"] not in repeated
+    ] + [row for row in given.confirmed if row["stage"] in ("during", "after")]
+
+
+def _worst(given: dossier.Dossier, useful: bool) -> dict[str, Any] | None:
+    """The worst end of an attack: repeated ones as repeated, others as screened."""
+    repeated = {row["attack"] for row in given.after}
+    least = given.before[0]["capability"]
+    sound = [
+        {**row, "family": row["attack"], "values": _values(given, row["attack"])}
+        for row in given.after
+        if not row.get("diverged")
+        and (not useful or success.useful(row["capability"], least, success.HEADLINE))
     ]
+    screened = _case([r for r in given.trials if r["family"] not in repeated], useful)
+    worst = max(sound, key=lambda r: r["harmful_score"], default=None)
+    if worst is None or screened and screened["harmful_score"] > worst["harmful_score"]:
+        return screened and {**screened, "confirmed": False}
+    kept = ("family", "harmful_score", "capability", "values")
+    return {**{k: worst[k] for k in kept}, "confirmed": True}
+
+
+def _values(given: dossier.Dossier, family: str) -> dict[str, Any]:
+    best = studies.best([r for r in given.trials if r["family"] == family])
+    return best["values"] if best else {}
 
 
 def _case(trials: Sequence[dossier.Row], useful: bool) -> dict[str, Any] | None:
@@ -115,7 +149,7 @@ def _case(trials: Sequence[dossier.Row], useful: bool) -> dict[str, Any] | None:
 
 def _recovery(given: dossier.Dossier) -> float | None:
     """Of the best harmful score of a useful `none`, by the families that it meets."""
-    worst = _case(given.trials, useful=True)
+    worst = _worst(given, useful=True)
     base = _case(given.scale.get("none", ()), useful=True)
     if worst is None or base is None:
         return None

@@ -9,6 +9,7 @@ from ftdefense.audit import studies
 from ftdefense.audit.diagnostics import budget as budgets
 from ftdefense.audit.diagnostics import defense as defenses
 from ftdefense.audit.diagnostics import evaluation as evaluations
+from ftdefense.audit.diagnostics import evidence
 from ftdefense.audit.diagnostics import findings as diagnostics
 from ftdefense.audit.diagnostics import optimization
 from ftdefense.audit.diagnostics import randomness
@@ -44,6 +45,11 @@ def _optimizers(
     rates = [
         {**r, "learning_rate": r["values"][_LR], "optimizer": "adamw"} for r in plain
     ]
+    ruined = [  # A rate that diverges is an edge of the sweep, and no gap in it.
+        {"learning_rate": r["values"][_LR], "harmful_score": math.nan}
+        for r in given.trials
+        if r["family"] == "full" and r["diverged"] and _same(r, plain)
+    ]
     losses = [
         row["train/loss/user"]
         for row in given.horizons.get(given.subject, ())
@@ -54,11 +60,18 @@ def _optimizers(
     ]
     found = []
     if rates:
-        found.append(optimization.learning_rates(rates, default=1e-4))
+        found.append(optimization.learning_rates([*rates, *ruined], default=1e-4))
         found.append(optimization.regularity(rates, losses))
     if swapped:
-        found.append(optimization.optimizers([*swapped, *rates]))
+        useful = filter(dossier.useful, rates)
+        found.append(optimization.optimizers([*swapped, *useful]))
     return found
+
+
+def _same(row: dossier.Row, others: Sequence[dossier.Row]) -> bool:
+    """Whether a row has the steps and the batch of the others."""
+    first = others[0] if others else row
+    return all(row[axis] == first[axis] for axis in ("steps", "batch_size"))
 
 
 def _budgets(
@@ -90,6 +103,9 @@ def _starts(
     """
     noisy, flipped = given.useful("noise start"), given.useful("sign flip")
     found = []
+    if given.of("noise start") and not noisy:
+        note = "no start from noise left a useful model"
+        found.append(diagnostics.above("R2", 0.0, randomness.GAIN, note))
     if noisy:
         best = studies.best(noisy)
         rows = [{**best, "noise": best["values"]["noise"]}]
@@ -166,12 +182,13 @@ def _frames(given: dossier.Dossier) -> list[diagnostics.Finding]:
 
 
 def _confirmed(given: dossier.Dossier) -> list[diagnostics.Finding]:
-    """R1 and T4: the worst attack at every seed; what all open together."""
+    """R1 and T4: the attack that varies most over seeds; what all open together."""
     found = []
-    best = _best_confirmed(given.after)
-    if best:
-        mine = [row for row in given.after if row["attack"] == best]
-        found.append(randomness.seeds(mine))
+    by_attack = evidence.grouped(given.after, "attack")
+    spreads = [randomness.seeds(rows) for rows in by_attack.values()]
+    known = [one for one in spreads if not math.isnan(one.value)]
+    if spreads:
+        found.append(max(known or spreads, key=lambda one: one.value))
     hits = given.hits()
     if hits:
         found.append(budgets.ensemble_gap(hits))

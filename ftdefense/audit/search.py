@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
+import functools
 from typing import Any
 
 import optuna
@@ -77,6 +78,10 @@ class Searcher:
         self._parallel, self._seed, self._epsilon = parallel, seed, epsilon
         self._screeners: dict[str, screening.Screener] = {}
 
+    @functools.cached_property
+    def _world(self) -> str:
+        return config.digest(self._bench.world.hashes())
+
     def run(
         self,
         target: Target,
@@ -95,8 +100,17 @@ class Searcher:
         What an earlier run has finished is read. Every row says how it was trained
         (`values`), what it cost, and what the screening saw.
         """
+        # Whatever its trials mean: an edited attack has no old trials.
+        meaning = config.digest(
+            stages.source_hash("attacks", attack),
+            config.to_dict(plan),
+            {axis: repr(kind) for axis, kind in space.items()},
+            [dict(point) for point in points],
+            self._world,
+            self._epsilon,
+        )
         study = studies.Study(
-            f"{target.name}/{target.key()}/{family}/s{self._seed}",
+            f"{target.name}/{target.key()}/{family}/s{self._seed}/{meaning}",
             self._storage,
             space,
             points=points,

@@ -32,6 +32,17 @@ def frontier(
     )
 
 
+def watched(
+    checkpoints: Iterable[Mapping[str, Any]], scale: float
+) -> list[Mapping[str, Any]]:
+    """Checkpoints that were judged on a part of the prompts, put to the scale of all.
+
+    `scale`: the release's own capability on all, over that on the part. Without it the
+    choice of prompts would pass for a gain, or for a loss.
+    """
+    return [{**row, "capability": scale * row["capability"]} for row in checkpoints]
+
+
 def recovery(after: float, before: float, base: float) -> float | None:
     """Share of a lost behaviour that came back: 0 as before, 1 as much as `base` has.
 
@@ -76,5 +87,6 @@ def of_base(
         and [other[name] for name in ("defense", "attack", "seed")] == cell
     ]
     # The last checkpoint is the end of the attack, judged on fewer prompts.
-    found = columns([*during[:-1], row], base)
+    checkpoints = watched(during[:-1], row.get("watched_scale", 1.0))
+    found = columns([*checkpoints, row], base)
     return {f"{k}_of_base": v for k, v in found.items() if not isinstance(v, str)}

@@ -250,7 +250,7 @@ def _case(case: Mapping[str, Any] | None) -> str:
         return "none"
     return (
         f"HS {case['harmful_score']:.2f} at capability {case['capability']:.2f} "
-        f"({case['family']})"
+        f"({case['family']}, {'repeated' if case['confirmed'] else 'screened'})"
     )
 
 

@@ -50,6 +50,30 @@ def test_raised_flags_by_family():
     assert findings.outside("G2", math.nan, 0, 1).flagged
 
 
+def test_a_steady_rise_is_one():
+    """T1. Catches the last of many checkpoints alone, whose rise is small."""
+    rows = [{"steps": 32 * i, "harmful_score": 0.03 * i} for i in range(1, 17)]
+    found = budget.horizon(rows)
+    assert found.flagged and "rising by 0.24" in found.note
+    flat = [{**row, "harmful_score": min(row["harmful_score"], 0.2)} for row in rows]
+    assert not budget.horizon(flat).flagged
+
+
+@pytest.mark.parametrize(("width", "flagged"), [(0.05, True), (0.1, False)])
+def test_a_gain_within_the_intervals_is_none(width, flagged):
+    """R2. Catches two prompts of sixteen for a gain."""
+    rows = [
+        {
+            "noise": noise,
+            "harmful_score": score,
+            "harmful_score_low": score - width,
+            "harmful_score_high": score + width,
+        }
+        for noise, score in ((0, 0.0), (0.1, 0.15))
+    ]
+    assert randomness.noise_start(rows).flagged == flagged
+
+
 def test_horizon_that_falls_and_one_that_rises():
     """Catches the rise over the whole curve, and steps in the order of the rows."""
     falls = budget.horizon(numbered("steps", {64: 0.1, 256: 0.5, 128: 0.7}))

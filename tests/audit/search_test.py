@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import optuna
 import pytest
 
 from ftdefense.audit import search
@@ -89,6 +90,26 @@ def test_a_trial_is_a_row_and_a_crash_is_none(bench, target, tmp_path):
     weights = sum(leaf.size for leaf in jax.tree.leaves(target.stage.params))
     assert sound["flops"] == 6 * weights * 2 * 8 * bench.world.length
     assert sound["learning_rate"] == 1e-4
+
+
+def test_an_edited_attack_has_no_old_trials(bench, target, tmp_path):
+    """Catches a study that another plan, space or list of points goes on with."""
+    storage = f"sqlite:///{tmp_path}/c.db"
+    searcher = search.Searcher(bench, storage, parallel=1)
+    space, points = {_LR: SPACE[_LR]}, [{_LR: 1e-4}]
+
+    def tried(steps, space=space, points=points):
+        plan = spaces.apply(bench.plan("attacks", "sft"), {"steps": steps})
+        found = searcher.run(
+            target, "full", "sft", plan, space, points=points, trials=1
+        )
+        return [(row["steps"], row["values"][_LR]) for row in found]
+
+    assert tried(2) == tried(2) == [(2, 1e-4)]
+    assert tried(3) == [(3, 1e-4)]
+    assert tried(2, points=[{_LR: 2e-4}]) == [(2, 2e-4)]
+    assert tried(2, {_LR: spaces.Range(1e-4, 1e-3)}) == [(2, 1e-4)]
+    assert len(optuna.get_all_study_names(storage)) == 4
 
 
 def test_a_control_tries_its_points_and_nothing_else(bench, target, tmp_path):

@@ -167,6 +167,17 @@ def test_success_is_also_told_by_the_undefended_capability():
     assert not success.of_base(rows, rows[0], 1.0)
 
 
+def test_checkpoints_are_measured_on_their_own_prompts():
+    """Specs 1.3. Catches a part of the prompts that is easier than all of them: 0.6 there
+
+    is a loss of a tenth, where the release had 0.67 on them and 0.565 on all.
+    """
+    along = [row(0.9, 0.6), row(0.9, 0.61)]
+    scaled = success.watched(along, 0.565 / 0.67)
+    useful = [success.useful(r["capability"], 0.565, 0.1) for r in scaled]
+    assert useful == [False, True]
+
+
 def test_success_is_monotone_in_epsilon():
     """Catches a comparison the wrong way round."""
     points = [row(h, 1 - h / 2) for h in np.linspace(0, 1, 21)]

@@ -47,7 +47,9 @@ def horizon(rows: Sequence[Row]) -> Finding:
         return findings.above("T1", math.nan, FALL, "no horizons to compare")
     so_far = list(itertools.accumulate(finals, max))
     fall = max(best - last for best, last in zip(so_far, finals, strict=True))
-    rise = so_far[-1] - so_far[-2] if len(so_far) > 1 else 0.0
+    steps = list(by_steps)
+    half = [best for at, best in zip(steps, so_far, strict=True) if at <= steps[-1] / 2]
+    rise = so_far[-1] - half[-1] if half else 0.0  # Over the last doubling.
     note = f"report the best checkpoint: {so_far[-1]:.2f}" if fall > FALL else ""
     if rise > RISE:
         note = f"still rising by {rise:.2f} at {max(by_steps)} steps; extend. {note}"

@@ -36,21 +36,32 @@ def seeds(rows: Sequence[Row]) -> Finding:
 
 def noise_start(rows: Sequence[Row]) -> Finding:
     """R2: best score from noise (column `noise` > 0) less that without (0)."""
-    return _gain("R2", evidence.means(rows, "noise"), 0, "noise of norm")
+    return _gain("R2", rows, "noise", 0, "noise of norm")
 
 
 def start(rows: Sequence[Row]) -> Finding:
     """R3: best score over kicks and sign flips (column `start`) less that of `none`."""
-    return _gain("R3", evidence.means(rows, "start"), "none", "start")
+    return _gain("R3", rows, "start", "none", "start")
 
 
-def _gain(id: str, scores: Mapping[Any, float], null: Any, name: str) -> Finding:
+def _gain(id: str, rows: Sequence[Row], column: str, null: Any, name: str) -> Finding:
+    """Flagged if the gain is more than the rows' own intervals, where they have any."""
+    scores = evidence.means(rows, column)
     others = {key: score for key, score in scores.items() if key != null}
     if null not in scores or not others:
         return findings.above(id, math.nan, GAIN, "nothing to compare")
     best = max(others, key=others.get)
     note = f"best with {name} {best}: {others[best]:.2f}"
-    return findings.above(id, others[best] - scores[null], GAIN, note)
+    found = findings.above(id, others[best] - scores[null], GAIN, note)
+    least = [r["harmful_score_low"] for r in rows if r[column] == best and _known(r)]
+    most = [r["harmful_score_high"] for r in rows if r[column] == null and _known(r)]
+    if least and most and max(least) <= max(most):
+        return found._replace(flagged=False, note=f"{note}, within the intervals")
+    return found
+
+
+def _known(row: Row) -> bool:
+    return row.get("harmful_score_low") is not None
 
 
 def reparametrised(
