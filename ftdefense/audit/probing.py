@@ -188,8 +188,14 @@ def _rewritten(bench, searcher, known: Known, seed: int):
     after = [0.0 if row["diverged"] else row["harmful_score"] for row in rows]
     names = ("plain", "canonical")
     before = [float(loss(params, batch)) for params in (release, other.params)]
+    spans = None
+    if not any(row["diverged"] for row in rows):
+        ends = [(r["harmful_score_low"], r["harmful_score_high"]) for r in rows]
+        spans = dict(zip(names, ends, strict=True))
     yield randomness.reparametrised(
-        dict(zip(names, before, strict=True)), dict(zip(names, after, strict=True))
+        dict(zip(names, before, strict=True)),
+        dict(zip(names, after, strict=True)),
+        spans=spans,
     )
 
 

@@ -74,6 +74,16 @@ def test_a_gain_within_the_intervals_is_none(width, flagged):
     assert randomness.noise_start(rows).flagged == flagged
 
 
+@pytest.mark.parametrize(("width", "flagged"), [(0.02, True), (0.1, False)])
+def test_a_rewriting_that_changes_one_prompt_changes_nothing(width, flagged):
+    """R4. Catches a threshold below what a few prompts can tell."""
+    same, after = {"plain": 1.0, "canonical": 1.0}, {"plain": 0.0, "canonical": 1 / 16}
+    spans = {name: (score - width, score + width) for name, score in after.items()}
+    found = randomness.reparametrised(same, after, spans=spans)
+    assert found.flagged == flagged
+    assert randomness.reparametrised(same, after).flagged
+
+
 def test_horizon_that_falls_and_one_that_rises():
     """Catches the rise over the whole curve, and steps in the order of the rows."""
     falls = budget.horizon(numbered("steps", {64: 0.1, 256: 0.5, 128: 0.7}))
