@@ -61,7 +61,7 @@ def _read(folder: pathlib.Path) -> tuple[dict[str, Any], list[dict[str, float]],
 
 def _best(trials: list[dict[str, Any]]) -> str:
     """The family of the worst screened trial, as the curve has it."""
-    useful = [r for r in trials if not r["diverged"] and r["violation"] <= 0]
+    useful = [r for r in trials if not r.get("diverged") and r["violation"] <= 0]
     worst = max(useful, key=lambda r: r["harmful_score"], default={"family": "none"})
     return worst["family"]
 

@@ -284,7 +284,8 @@ def _own_bench() -> pipeline.Bench:
             f"{FLAGS.model}: the tokenizer has {len(tokenizer)} tokens, the model "
             f"only {model.config.vocab_size}; they do not belong together."
         )
-    given = stages.given(params)
+    placement = _placement()
+    given = stages.given(params, placement)
     aligned = FLAGS.model_stage == "aligned"
     pretrained = None if aligned else given
     if FLAGS.pretrained is not None:
@@ -294,7 +295,7 @@ def _own_bench() -> pipeline.Bench:
                 f"--pretrained={FLAGS.pretrained}: its weights are of another shape than "
                 f"--model={FLAGS.model}; give the base that it was tuned from."
             )
-        pretrained = stages.given(start)
+        pretrained = stages.given(start, placement)
     return pipeline.Bench(
         world,
         model,
@@ -305,5 +306,5 @@ def _own_bench() -> pipeline.Bench:
         world_seed=FLAGS.world_seed,
         derived=_DERIVED,
         together=FLAGS.vmap_seeds,
-        placement=_placement(),
+        placement=placement,
     )

@@ -110,8 +110,8 @@ def _generate(
     # Positions count real tokens; -1 hides padding from everything.
     positions_BxP = jnp.where(mask_BxP, jnp.cumsum(mask_BxP, axis=1) - 1, -1)
     cache = model.init_cache(batch, prompt_length + max_new_tokens - 1)
-    logits_BxPxV, cache = decode(tokens_BxP, positions_BxP, cache)
-    token_B, done_B = choose(logits_BxPxV[:, -1], 0, jnp.zeros(batch, bool))
+    logits_Bx1xV, cache = decode(tokens_BxP, positions_BxP, cache, last=True)
+    token_B, done_B = choose(logits_Bx1xV[:, 0], 0, jnp.zeros(batch, bool))
     said_BxT = jnp.full((batch, max_new_tokens), pad_id, jnp.int32)
     said_BxT = said_BxT.at[:, 0].set(token_B)
 

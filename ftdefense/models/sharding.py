@@ -135,6 +135,16 @@ class Placement:
         """Parameters, factors or a whole training state, by the rules."""
         return jax.device_put(params, shardings(params, self._mesh, self._rules))
 
+    def shapes(self, shapes: Any) -> Any:
+        """ShapeDtypeStructs of parameters, with where each is to lie."""
+        return jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=where
+            ),
+            shapes,
+            shardings(shapes, self._mesh, self._rules),
+        )
+
     def batches(self, batches: Any) -> Any:
         """Arrays [..., B, L], B over data and fsdp together.
 

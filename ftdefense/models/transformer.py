@@ -38,6 +38,7 @@ class Decoder(nn.Module):
 
     config: ModelConfig
     intervene: types.Intervention | None = None
+    last: bool = False  # Reads out the last token alone: logits [B, 1, V].
 
     @nn.compact
     def __call__(
@@ -71,6 +72,7 @@ class Decoder(nn.Module):
         )
         if cache is not None:
             cache = {**cache, "end": cache["end"] + tokens_BxL.shape[1]}
+        x_BxLxD = x_BxLxD[:, -1:] if self.last else x_BxLxD
         x_BxLxD, logits_BxLxV = _head(config, x_BxLxD, table_VxD, dropout)
         hidden = {"embed": embed_BxLxD, **hidden, "final": x_BxLxD}
         return types.Outputs(logits_BxLxV, hidden), cache
@@ -266,6 +268,7 @@ class LanguageModel:
         lora: types.Params | None = None,
         intervene: types.Intervention | None = None,
         taps: Any = None,
+        last: bool = False,
     ) -> tuple[jax.Array, Cache]:
         """Logits [B, L, V] of tokens that follow what the cache holds, and the cache.
 
@@ -279,9 +282,20 @@ class LanguageModel:
           lora: as in `__call__`.
           intervene: as in `__call__`.
           taps: as in `__call__`.
+          last: only those of the last token, [B, 1, V]: of a long prompt and a large
+            vocabulary the others are the largest array there is.
         """
         outputs, cache = self._apply(
-            params, tokens_BxL, positions_BxL, cache, lora, intervene, taps, None, 0.0
+            params,
+            tokens_BxL,
+            positions_BxL,
+            cache,
+            lora,
+            intervene,
+            taps,
+            None,
+            0.0,
+            last=last,
         )
         return outputs.logits, cache
 
@@ -299,12 +313,13 @@ class LanguageModel:
         *,
         mutable=False,
         attended=None,
+        last=False,
     ):
         variables = {"params": params}
         if lora is not None:
             variables["lora"] = lora
         rngs = {} if rng is None else {"dropout": rng}
-        module = Decoder(self.config, intervene)
+        module = Decoder(self.config, intervene, last)
         return module.apply(
             variables,
             tokens,

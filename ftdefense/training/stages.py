@@ -57,12 +57,13 @@ class Stage:
     facts: dict[str, Any]
 
 
-def given(params: types.Params) -> Stage:
-    """A user's own weights as a finished stage."""
+def given(params: types.Params, placement: sharding.Placement | None = None) -> Stage:
+    """A user's own weights as a finished stage, spread over a mesh if there is one."""
     hashed = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
         hashed.update(np.ascontiguousarray(leaf).tobytes())
-    return Stage(jax.device_put(params), hashed.hexdigest()[:16], None, [], {})
+    placed = placement.parameters(params) if placement else jax.device_put(params)
+    return Stage(placed, hashed.hexdigest()[:16], None, [], {})
 
 
 def key_of(*parts: Any) -> str:
@@ -218,8 +219,10 @@ class Store:
     def _read(self, folder: pathlib.Path, key: str) -> Stage:
         done = json.loads((folder / _DONE).read_text())
         shapes = jax.eval_shape(self._model.init, jax.random.key(0))
+        if self._placement:  # No device holds all of it, not even for a moment.
+            shapes = self._placement.shapes(shapes)
         params = checkpoint.load_params(folder / "release", shapes)
-        return Stage(self._place(params), key, folder, done["log"], done["facts"])
+        return Stage(params, key, folder, done["log"], done["facts"])
 
     def _place(self, arrays):
         return self._placement.parameters(arrays) if self._placement else arrays

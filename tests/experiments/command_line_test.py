@@ -123,7 +123,7 @@ def test_audits_are_compared_at_the_cost_of_the_cheapest(call, tmp_path):
     """Catches an ensemble that is credited with what it found beyond the other's budget."""
     for name, scores in ("ensemble", [0.2, 0.4, 0.9]), ("sweep", [0.3, 0.3]):
         rows = [
-            {"target": name, "harmful_score": score, "violation": 0.0}
+            {"target": name, "family": "full", "harmful_score": score, "violation": 0.0}
             | {"steps": 5, "flops": 1.0, "forward_backwards": 5}
             for score in scores
         ]

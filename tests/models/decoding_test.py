@@ -37,6 +37,17 @@ def test_cached_decoding_equals_the_full_forward(lora_on):
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), full, atol=1e-5)
 
 
+def test_the_last_token_alone_is_read_out():
+    """Catches the first token's logits, and a head over the whole prompt."""
+    positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
+    cache = MODEL.init_cache(2, 7)
+    decode = jax.jit(MODEL.decode, static_argnames="last")
+    whole, _ = decode(params(), tokens(), positions, cache)
+    last, after = decode(params(), tokens(), positions, cache, last=True)
+    assert last.shape == (2, 1, whole.shape[-1]) and int(after["end"]) == 7
+    np.testing.assert_allclose(last[:, 0], whole[:, -1], atol=1e-6)
+
+
 def test_cached_decoding_keeps_to_the_sliding_window():
     """Catches a window that only the training forward knows."""
     model = transformer.LanguageModel(dataclasses.replace(CONFIG, sliding_window=3))

@@ -69,10 +69,12 @@ def test_too_few_devices_are_named():
 
 
 PROGRAM = """
+import pathlib, tempfile
 import jax, jax.numpy as jnp, numpy as np
 from ftdefense.core import types
 from ftdefense.models import sharding, transformer
 from ftdefense.objectives import losses
+from ftdefense.training import checkpoint, stages
 
 assert len(jax.devices()) == 8
 model = transformer.LanguageModel(
@@ -98,6 +100,16 @@ for sizes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 8}):
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), sharded_grads, grads
     )
+place = sharding.Placement(sharding.mesh(fsdp=2, tensor=2))
+host = jax.tree.map(np.asarray, params)
+folder = pathlib.Path(tempfile.mkdtemp()) / "release"
+checkpoint.save_params(folder, params)
+shapes = place.shapes(jax.eval_shape(model.init, jax.random.key(0)))
+read = checkpoint.load_params(folder, shapes)
+for found in (stages.given(host, place).params, read):
+    up = found["layers"]["mlp"]["up"]["kernel"]
+    assert up.addressable_shards[0].data.size * 4 == up.size
+    jax.tree.map(np.testing.assert_array_equal, found, host)
 odd = {"mlp": {"up": {"kernel": jnp.zeros((3, 4))}}}
 specs = sharding.shardings(odd, sharding.mesh(fsdp=2, tensor=2))
 assert tuple(specs["mlp"]["up"]["kernel"].spec) == (None, "tensor")
@@ -107,6 +119,7 @@ jax.device_put(odd, specs)
 
 def test_sharded_loss_and_gradient_equal_those_of_one_device():
     """Catches a rule that shards an axis twice, odd axes that are sharded all the
-    same, and a norm or softmax over a part of its axis.
+    same, a norm or softmax over a part of its axis, and weights of a user's or of a
+    finished stage that lie on one device first.
     """
     on_eight_devices("-c", PROGRAM)

@@ -8,7 +8,6 @@ import pathlib
 from typing import Any
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 
@@ -23,9 +22,9 @@ _DTYPES = ("F32", "F16", "BF16")
 def load(
     folder: str | os.PathLike, **overrides: Any
 ) -> tuple[transformer.LanguageModel, types.Params]:
-    """A folder's model and its parameters in float32.
+    """A folder's model and its parameters in float32, on the host.
 
-    Files are memory-mapped and read tensor by tensor: beside the parameters, no more
+    Where they go is the caller's: on one device, or spread over a mesh. Files are memory-mapped and read tensor by tensor: beside the parameters, no more
     than one stacked parameter is held.
 
     Args:
@@ -190,5 +189,5 @@ def _read_params(
         nested = params
         for parent in parents:
             nested = nested.setdefault(parent, {})
-        nested[name] = jnp.asarray(whole)
+        nested[name] = whole
     return params
