@@ -180,6 +180,9 @@ before the attack.</p>
 {"<ul>" + skipped + "</ul>" if skipped else ""}
 {asked(judged)}
 <h2>Repeated at every seed, on all held-out prompts</h2>
+<p class="note">HS and capability are those at the end. Best HS is also over checkpoints
+along the way, which are judged on a part of the prompts. "horizon" is plain fine-tuning
+at a constant rate for {judged["durability"]["horizon"]} steps.</p>
 {tables.as_html(confirmed_table(confirmed))}
 <h2>Can the evaluation be believed?</h2>
 {tables.as_html(findings_table(judged), wrap=True)}
