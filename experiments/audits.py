@@ -15,6 +15,7 @@ from absl import flags
 import settings
 
 from ftdefense.audit import effort
+from ftdefense.audit import studies
 from ftdefense.core import errors
 from ftdefense.reporting import audit_plots
 from ftdefense.reporting import rows as result_rows
@@ -56,14 +57,9 @@ def _read(folder: pathlib.Path) -> tuple[dict[str, Any], list[dict[str, float]],
     judged = json.loads((folder / "verdict.json").read_text())
     trials = result_rows.read(folder / "trials.jsonl")
     mine = [row for row in trials if row["target"] == judged["subject"]]
-    return judged, effort.curve(mine), _best(mine)
-
-
-def _best(trials: list[dict[str, Any]]) -> str:
-    """The family of the worst screened trial, as the curve has it."""
-    useful = [r for r in trials if not r.get("diverged") and r["violation"] <= 0]
-    worst = max(useful, key=lambda r: r["harmful_score"], default={"family": "none"})
-    return worst["family"]
+    worst = studies.best(mine)
+    family = worst["family"] if worst and worst["violation"] <= 0 else "none"
+    return judged, effort.curve(mine), family
 
 
 def _line(

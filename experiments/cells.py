@@ -184,7 +184,7 @@ class Cells:
     def _scale(self, release: stages.Stage, before: Row, frame: str) -> float:
         """Capability of a release on all prompts, over that on those along an attack."""
         part = self._evaluator(frame, self.bench.defaults.watched)
-        key = stages.key_of("watched", len(part))
+        key = stages.key_of("watched", len(part))  # No frame changes benign prompts.
         kept = release.folder and release.folder / f"scores-{key}.json"
         if kept and kept.is_file():
             found = json.loads(kept.read_text())

@@ -41,7 +41,6 @@ class Chosen:
     recipe: str = ""
 
 
-SECOND = "FINE_TUNING"  # Of a module: what its provider runs after it.
 NAIVE = "naive"  # Stands for the attack that each defense was published against.
 
 
@@ -163,8 +162,9 @@ def _running() -> set[str]:
         asked = ["sft" if one == NAIVE else one.partition(":")[0] for one in asked]
         found |= {_stem(name) for name in asked}
         if side == "defense":
-            second = (getattr(registry.load("defenses", n), SECOND, "") for n in asked)
-            found |= {name for name in second if name}
+            modules = [registry.load("defenses", name) for name in asked]
+            # What a provider runs after them.
+            found |= {m.FINE_TUNING for m in modules if hasattr(m, "FINE_TUNING")}
     return found
 
 

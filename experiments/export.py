@@ -29,6 +29,9 @@ flags.DEFINE_string("stage", None, "Folder in stages/ of a work directory.")
 flags.DEFINE_string("out", None, "Folder to write.")
 flags.DEFINE_bool("overwrite", False, "Replace --out where it is there.")
 
+# Fields of a model's config that say how it is run, not what it is.
+RUNNING = {"compute_dtype", "remat", "unroll"}
+
 
 def main() -> None:
     for name in ("stage", "out"):
@@ -62,10 +65,11 @@ def main() -> None:
 
 def _check(stage: pathlib.Path, mine: dict[str, Any]) -> None:
     theirs = json.loads((stage / "config.json").read_text())["model"]
-    for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "mlp_width"):
-        if theirs[name] != mine[name]:
+    mine = json.loads(json.dumps(mine))
+    for name in sorted(mine.keys() - RUNNING):
+        if theirs.get(name) != mine[name]:
             raise errors.UserError(
-                f"--stage={stage} is of a model with {name} {theirs[name]}, not "
+                f"--stage={stage} is of a model with {name}={theirs.get(name)}, not "
                 f"{mine[name]}; give the --model or --preset that its run was given."
             )
 

@@ -46,6 +46,7 @@ class Audit:
         self._given, self._table, self._seeds = given, table, seeds
         self.templates = subjects.templates()
         self.diverged: list[str] = []  # What ran away where a result was due.
+        self._factors: dict[str, float] = {}  # Of the rate of each long fine-tuning.
 
     @functools.cached_property
     def audited(self) -> subjects.Subject:
@@ -182,7 +183,7 @@ class Audit:
         if not any(row[f"success_{success.HEADLINE:g}"] for row in after):
             return []
         if len(self._seeds) > 1:
-            factor = float(after[0]["recipe"].rpartition("x")[2])
+            factor = self._factors[self.audited.name]
             rows = [*rows, *self._long(self.audited, factor, self._seeds[1:])]
         return rows
 
@@ -242,8 +243,10 @@ class Audit:
         """
         quick = FLAGS.budget == "quick"
         factors = (1.0,) if quick or subjects.in_service() else (1.0, 3.0, 10.0)
-        runs = [self._long(one, factor, self._seeds[:1]) for factor in factors]
-        return min(runs, key=lambda rows: effort.steps_to_break(rows) or math.inf)
+        runs = {f: self._long(one, f, self._seeds[:1]) for f in factors}
+        soonest = min(runs, key=lambda f: effort.steps_to_break(runs[f]) or math.inf)
+        self._factors[one.name] = soonest
+        return runs[soonest]
 
     def _long(
         self, one: subjects.Subject, factor: float, seeds: tuple[int, ...]

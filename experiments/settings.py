@@ -102,7 +102,8 @@ _DERIVED = {
     "unrelated_refused": _refused_first,
 }
 # The disk's own errors; others are ours.
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DENIED = (errno.EACCES, errno.EROFS, errno.EPERM)
 _OWN = {
     "harmful": "harmful",
     "benign": "benign",
@@ -129,14 +130,15 @@ def run(main: Callable[[], Any]) -> None:
         except errors.UserError as error:
             fail(error)
         except OSError as error:
-            if error.errno not in _DISK:
+            if error.errno not in (*_FULL, *_DENIED):
                 raise
-            fail(
-                ValueError(
-                    f"{error.filename or FLAGS.workdir}: {error.strerror}; free some "
-                    "space or choose another --workdir: the same command goes on."
-                )
+            remedy = (
+                "check its permissions"
+                if error.errno in _DENIED
+                else "free some space: the same command goes on"
             )
+            where = error.filename or FLAGS.workdir or "the disk"
+            fail(ValueError(f"{where}: {error.strerror}; {remedy}."))
 
     def parse(argv: Sequence[str]) -> Sequence[str]:
         try:

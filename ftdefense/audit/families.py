@@ -70,7 +70,7 @@ def of_service(
 ) -> dict[str, attack_family.Family]:
     """Against a provider who trains on what its user submits; as `of_weights`."""
     del model  # The user sees none of it.
-    return _at_scale(services.FAMILIES, steps, batch_size, rate)
+    return _at_scale(services.TABLE, steps, batch_size, rate)
 
 
 def _at_scale(table: Table, steps: int, batch_size: int, rate: float):

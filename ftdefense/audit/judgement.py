@@ -121,8 +121,7 @@ def _worst(given: dossier.Dossier, useful: bool) -> dict[str, Any] | None:
     sound = [
         {**row, "family": row["attack"], "values": _values(given, row["attack"])}
         for row in given.after
-        if not row.get("diverged")
-        and (not useful or success.useful(row["capability"], least, success.HEADLINE))
+        if not useful or success.useful(row["capability"], least, success.HEADLINE)
     ]
     screened = _case([r for r in given.trials if r["family"] not in repeated], useful)
     worst = max(sound, key=lambda r: r["harmful_score"], default=None)

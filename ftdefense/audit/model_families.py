@@ -16,11 +16,6 @@ SHORT, PUBLISHED = (1, 2), (5, 10, 20, 40)
 BANDS = 4
 
 
-def of_model(layers: int, positions: int, words: int) -> dict[str, Family]:
-    """All of them, for one model; arguments of `asking`."""
-    return asking(layers, positions, words) | routed(layers)
-
-
 def asking(layers: int = 2, positions: int = 1, words: int = 0) -> dict[str, Family]:
     """Those that only ask, or edit by what the answers show: nothing trains.
 

@@ -23,8 +23,7 @@ def ask(bench: pipeline.Bench, given: dossier.Dossier) -> list[diagnostics.Findi
     """A finding for every question that the rows can answer."""
     full = given.of("full")
     # The budget of the points that are tried first, which differ in their rate alone.
-    axes = ("steps", "batch_size")
-    plain = [r for r in full if all(r[axis] == full[0][axis] for axis in axes)]
+    plain = [r for r in full if _same(r, full)]
     return [
         *_optimizers(given, plain),
         *_budgets(given, full),
@@ -69,7 +68,7 @@ def _optimizers(
 
 
 def _same(row: dossier.Row, others: Sequence[dossier.Row]) -> bool:
-    """Whether a row has the steps and the batch of the others."""
+    """Whether a row has the steps and the batch of the first of the others."""
     first = others[0] if others else row
     return all(row[axis] == first[axis] for axis in ("steps", "batch_size"))
 

@@ -103,8 +103,8 @@ class Searcher:
         # Whatever its trials mean: an edited attack has no old trials.
         meaning = config.digest(
             stages.source_hash("attacks", attack),
-            config.to_dict(plan),
-            {axis: repr(kind) for axis, kind in space.items()},
+            plan,
+            dict(space),
             [dict(point) for point in points],
             self._world,
             self._epsilon,

@@ -39,7 +39,7 @@ FRAMES = spaces.Choice(("trigger", "competing", "style", "prefill:2"))
 _FRAME, _COUNT, _BENIGN = "data.wrapper", "data.harmful_count", "data.filler=benign"
 FOR_SCALE = ("harmful rows",)  # Against the references, too.
 
-FAMILIES: dict[str, attack_family.Family] = {
+TABLE: dict[str, attack_family.Family] = {
     "benign rows": _family(
         {}, _points("steps", *_STEPS.values), f"{_RATIO}=0", _BENIGN
     ),

@@ -74,8 +74,7 @@ class Job:
 
         So that LoRA starts and drops alike, and attacks differ in nothing but their rule.
         """
-        kind, dash, _ = self.name.partition("-")
-        return kind if dash and kind == "attacked" else self.name
+        return "attacked" if self.name.startswith("attacked-") else self.name
 
     def keys(self) -> tuple[types.Rng, types.Rng]:
         """Keys of the first state, and of the steps."""

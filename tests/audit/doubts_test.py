@@ -53,7 +53,7 @@ def held(score=0.0, attack="full", seeds=range(3)):
     return [row for s in seeds for row in shared.run([score] * 4, attack, seed=s)]
 
 
-def judged(**fields):
+def evidence(**fields):
     given = {
         "trials": swept(),
         "confirmed": held(),
@@ -62,7 +62,11 @@ def judged(**fields):
         "probes": ANSWERED,
         "base_capability": 1.0,
     }
-    return judgement.judge(shared.BENCH, shared.evidence(**{**given, **fields}))
+    return shared.evidence(**{**given, **fields})
+
+
+def judged(**fields):
+    return judgement.judge(shared.BENCH, evidence(**fields))
 
 
 def test_without_a_doubt_it_is_durable():
@@ -106,17 +110,7 @@ def test_without_a_doubt_it_is_durable():
 )
 def test_each_doubt_is_told(fields, words):
     """Catches each clause that is left out; none of them is a flag."""
-    given = shared.evidence(
-        **{
-            "trials": swept(),
-            "confirmed": held(),
-            "scale": {"none": [shared.trial("full", 0.9)]},
-            "families": TABLE,
-            "probes": ANSWERED,
-            "base_capability": 1.0,
-            **fields,
-        }
-    )
+    given = evidence(**fields)
     found = doubts.raised(given, given.probes.findings)
     assert any(words in clause for clause in found), found
     assert not judged(**fields)["verdict"].startswith("DURABLE")

@@ -276,7 +276,7 @@ def test_families_follow_the_model():
 def test_a_services_families_follow_its_budget():
     """Catches families of weights in a service's table, and steps left behind."""
     found = families.of_service(attack_family.STEPS // 4, layers=32)
-    assert set(found) == set(services.FAMILIES)
+    assert set(found) == set(services.TABLE)
     assert found["harmful rows"].points[0] == {"steps": attack_family.STEPS // 8}
 
 

@@ -24,8 +24,9 @@ def load(
 ) -> tuple[transformer.LanguageModel, types.Params]:
     """A folder's model and its parameters in float32, on the host.
 
-    Where they go is the caller's: on one device, or spread over a mesh. Files are memory-mapped and read tensor by tensor: beside the parameters, no more
-    than one stacked parameter is held.
+    Where they go is the caller's: on one device, or spread over a mesh. Files are
+    memory-mapped and read tensor by tensor: beside the parameters, no more than one
+    stacked parameter is held.
 
     Args:
       folder: with config.json and model.safetensors, or shards with their index;
