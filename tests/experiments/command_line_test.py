@@ -109,6 +109,27 @@ def test_a_folder_that_cannot_be_written_is_one_line(call, tmp_path):
     assert line.startswith("error: --workdir=") and "choose another" in line
 
 
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("ENOSPC", "/x/w: No space left on device; free some space"),
+        ("EACCES", "/x/w: Permission denied; check its permissions."),
+    ],
+)
+def test_what_the_disk_refuses_is_one_line(call, tmp_path, code, words):
+    """Catches a traceback in the middle of a long run, and a status of 0."""
+    script = tmp_path / "lines.py"
+    script.write_text(
+        f"import errno, os, sys\nsys.path.insert(0, {str(ROOT / 'experiments')!r})\n"
+        "import settings\n"
+        f"def main(): raise OSError(errno.{code}, os.strerror(errno.{code}), '/x/w')\n"
+        "settings.run(main)\n"
+    )
+    done = call(script)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {words}") and done.stderr.count("\n") == 1
+
+
 def test_workdir_of_another_configuration_is_kept(call, tmp_path):
     """Catches results of two configurations in one folder."""
     (tmp_path / "config.json").write_text(json.dumps({"seeds": [7]}))
