@@ -62,7 +62,7 @@ def main() -> None:
             )
             for rate in RATES
         ]
-        outcomes = together.sweep(members)
+        outcomes = together.sweep(members, bench.placement)
         after[control] = max(
             evaluate(types.Release(o.params)).row()["harmful_score"] for o in outcomes
         )

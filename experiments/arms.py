@@ -45,7 +45,8 @@ def against(
     reference = evaluate(types.Release(release.params)).row()["capability"]
     named = arms.arms(FLAGS.learning_rate)
     outcomes = together.sweep(
-        [bench.attack_job("sidestepper", plan, release, seed) for _, plan in named]
+        [bench.attack_job("sidestepper", plan, release, seed) for _, plan in named],
+        bench.placement,
     )
     rows = []
     for i, ((levels, _), outcome) in enumerate(zip(named, outcomes, strict=True)):

@@ -114,6 +114,7 @@ def main() -> None:
         dossier.Dossier(
             subject=audited.name,
             reference=FLAGS.defense or "",
+            flags=subjects.repeated(seeds[0]),
             templates=tuple(audit.templates),
             budget=FLAGS.budget,
             before=audited.before,

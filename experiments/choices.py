@@ -4,9 +4,9 @@ from collections.abc import Sequence
 import dataclasses
 import itertools
 import pathlib
-import sys
 
 from absl import flags
+import settings
 
 from ftdefense.core import cards
 from ftdefense.core import config
@@ -97,6 +97,8 @@ def chosen(runner: pipeline.Bench, package: str, asked: Sequence[str]) -> list[C
         found.append(Chosen(reference, name, plan, f"{name}:{preset or 'sandbox'}"))
     if package == "defenses" and runner.model.config.compute_dtype == "bfloat16":
         _warn_of_rounding([c.name for c in found])
+    if FLAGS.get_flag_value("model", None):
+        _warn_of_scale(package, found)
     return overridden(package.removesuffix("s"), found)
 
 
@@ -106,12 +108,28 @@ def _warn_of_rounding(names: Sequence[str]) -> None:
         for name in dict.fromkeys(names)
         if "T3" in cards.card(registry.load("defenses", name)).get("Template", "")
     ]
-    # Processes of --jobs have been warned by the one that started them.
-    if ahead and not FLAGS.get_flag_value("worker", ""):
-        print(
-            f"warning: {', '.join(ahead)}: losses or gradients a small step apart are "
-            "compared, which bfloat16 may round away; use --compute_dtype=float32.",
-            file=sys.stderr,
+    if ahead:
+        settings.warn(
+            f"{', '.join(ahead)}: losses or gradients a small step apart are "
+            "compared, which bfloat16 may round away; use --compute_dtype=float32."
+        )
+
+
+def _warn_of_scale(package: str, found: Sequence[Chosen]) -> None:
+    """Numbers that fit a quarter of a million weights need not fit a user's model."""
+    published = {
+        one.name: [
+            p for p in registry.load(package, one.name).PRESETS if p != "sandbox"
+        ]
+        for one in found
+        if one.recipe.endswith(":sandbox")
+    }
+    named = {name: presets[0] for name, presets in published.items() if presets}
+    if named:
+        settings.warn(
+            f"{', '.join(named)}: rates and coefficients are those of the sandbox's small "
+            f"model; name a published preset, as {':'.join(next(iter(named.items())))}, "
+            "or set them with --set."
         )
 
 

@@ -66,7 +66,7 @@ def main() -> None:
 def _check(stage: pathlib.Path, mine: dict[str, Any]) -> None:
     theirs = json.loads((stage / "config.json").read_text())["model"]
     mine = json.loads(json.dumps(mine))
-    for name in sorted(mine.keys() - RUNNING):
+    for name in (field for field in mine if field not in RUNNING):
         if theirs.get(name) != mine[name]:
             raise errors.UserError(
                 f"--stage={stage} is of a model with {name}={theirs.get(name)}, not "

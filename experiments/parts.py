@@ -283,7 +283,7 @@ class Audit:
             adaptive=best("sidestepper", "sidestepper"),
             tuned=probing.best_of(trained),
             naive_score=probing.best_of(found.rows.get("full", [])),
-            serve=subjects.serve(),
+            serve=subjects.serve(getattr(self._given, "plan", None)),
             untrained={
                 name: probing.best_of(rows)
                 for name, rows in found.rows.items()

@@ -45,8 +45,10 @@ def write(workdir: pathlib.Path) -> pathlib.Path:
             "Change from the defended model",
             plots.bars(rows, workdir / "changes.png"),
         ),
-        ("Along the attack", plots.curves(rows, workdir / "curves.png")),
     ]
+    if any(row["stage"] == "during" for row in rows):  # Edits have no way to look at.
+        path_curves = plots.curves(rows, workdir / "curves.png")
+        images.append(("Along the attack", path_curves))
     table = tables.final(rows)
     result_rows.write_text(workdir / "table.md", tables.markdown(table) + "\n")
     html = page.render(rows, images, json.loads(path.read_text()), checks.REASONS)

@@ -66,8 +66,12 @@ flags.DEFINE_string("refusals", None, "Harmful prompts with refusals, likewise."
 flags.DEFINE_string("task", None, "A task that users fine-tune for, likewise.")
 flags.DEFINE_string("heldout_harmful", None, "Harmful pairs to evaluate on, likewise.")
 flags.DEFINE_string("heldout_benign", None, "Benign pairs to evaluate on, likewise.")
-flags.DEFINE_integer("length", 256, "Tokens of a training row (with --model).")
-flags.DEFINE_integer("max_new_tokens", 64, "Tokens of an answer (with --model).")
+flags.DEFINE_integer(
+    "length", 256, "Tokens of a training row (with --model).", lower_bound=2
+)
+flags.DEFINE_integer(
+    "max_new_tokens", 64, "Tokens of an answer (with --model).", lower_bound=1
+)
 flags.DEFINE_bool("truncate", False, "Cut rows that are longer than --length.")
 flags.DEFINE_string("chat_template", None, "Jinja file, if the tokenizer has none.")
 flags.DEFINE_string(
@@ -85,6 +89,12 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_string(
     "mesh", "", "Devices by axis, as fsdp=4,tensor=2 (also data); empty: one device."
+)
+flags.DEFINE_integer(
+    "eval_batch_size",
+    None,
+    "Held-out rows answered or scored together; default: 256, or 32 with --model.",
+    lower_bound=1,
 )
 flags.DEFINE_bool("remat", False, "Recompute layers in the backward pass.")
 flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard event files.")
@@ -150,6 +160,12 @@ def run(main: Callable[[], Any]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
+def warn(text: str) -> None:
+    """Tells the user, once: processes of --jobs leave it to the one that started them."""
+    if not FLAGS.get_flag_value("worker", ""):
+        print(f"warning: {text}", file=sys.stderr)
+
+
 def workdir() -> pathlib.Path:
     """--workdir, which has no default: results never land by surprise."""
     if not FLAGS.workdir:
@@ -162,13 +178,20 @@ def _stages() -> pathlib.Path:
 
 
 def seeds() -> list[int]:
-    """--seeds as numbers."""
+    """--seeds as numbers.
+
+    Raises:
+      UserError: for none, or for something that is no seed.
+    """
     try:
-        return [int(seed) for seed in FLAGS.seeds]
-    except ValueError as error:
+        numbers = [int(seed) for seed in FLAGS.seeds]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 0:
         raise errors.UserError(
             f"--seeds={','.join(FLAGS.seeds)}: whole numbers are expected, as 0,1,2."
-        ) from error
+        )
+    return numbers
 
 
 def claim(folder: pathlib.Path, resolved: dict[str, Any]) -> None:
@@ -218,6 +241,8 @@ def bench() -> pipeline.Bench:
         if FLAGS[name].value is not None:
             raise errors.UserError(f"--{name} goes with --model=FOLDER; add it.")
     world = sandbox.build(FLAGS.preset, FLAGS.world_seed)
+    if FLAGS.eval_batch_size:
+        world = dataclasses.replace(world, eval_batch_size=FLAGS.eval_batch_size)
     model = budgets.model(FLAGS.preset, len(world.tokenizer))
     shape = dataclasses.replace(
         model.config, compute_dtype=FLAGS.compute_dtype, remat=FLAGS.remat
@@ -237,8 +262,6 @@ def bench() -> pipeline.Bench:
 def _placement() -> sharding.Placement | None:
     if not FLAGS.mesh:
         return None
-    if FLAGS.vmap_seeds:
-        raise errors.UserError("--mesh does not go with --vmap_seeds; drop one.")
     return sharding.Placement(sharding.mesh(**sharding.parse(FLAGS.mesh)))
 
 
@@ -275,10 +298,13 @@ def _own_bench() -> pipeline.Bench:
         tokenizer,
         length=FLAGS.length,
         max_new_tokens=FLAGS.max_new_tokens,
+        eval_batch_size=FLAGS.eval_batch_size or budgets.OWN_EVALUATED,
         seed=FLAGS.world_seed,
         truncate=FLAGS.truncate,
         collapse_word=FLAGS.collapse_word,
     )
+    for note in world.notes:
+        warn(note)
     numerics = {"compute_dtype": FLAGS.compute_dtype, "remat": FLAGS.remat}
     model, params = huggingface.load(source, **numerics)
     if len(tokenizer) > model.config.vocab_size:

@@ -174,7 +174,8 @@ def given(bench: pipeline.Bench) -> choices.Chosen | stages.Stage:
       UserError: if it is neither.
     """
     if FLAGS.checkpoint:
-        return stages.given(weights(bench, pathlib.Path(FLAGS.checkpoint)))
+        params = weights(bench, pathlib.Path(FLAGS.checkpoint))
+        return stages.given(params, bench.placement)
     (chosen,) = choices.chosen(bench, "defenses", [FLAGS.defense])
     bench.check(chosen.name, chosen.plan)
     return chosen
@@ -226,6 +227,8 @@ def weights(bench: pipeline.Bench, folder: pathlib.Path) -> Any:
     """
     shapes = jax.eval_shape(bench.model.init, jax.random.key(0))
     if _is_stage(folder):
+        if bench.placement:
+            shapes = bench.placement.shapes(shapes)
         return checkpoint.load_params(folder / "release", shapes)
     model, params = huggingface.load(str(folder))
     if jax.tree.map(jax.numpy.shape, params) != jax.tree.map(
@@ -275,12 +278,31 @@ def templates() -> list[str]:
     return re.findall(r"T[1-4]", card.get("Template", ""))
 
 
-def serve() -> Callable[[Any, int], Any] | None:
-    """How the audited defense deploys weights, if it adds something to them."""
-    if not FLAGS.defense:
+# Of audit.py and run.py, by which both see the same model and data.
+_SHARED = ("preset", "world_seed", "harmful", "benign", "refusals", "task")
+_SHARED += ("heldout_harmful", "heldout_benign", "length", "max_new_tokens", "truncate")
+_SHARED += ("chat_template", "collapse_word", "compute_dtype", "matmul_precision")
+_SHARED += ("mesh", "remat", "eval_batch_size")
+
+
+def repeated(seed: int) -> tuple[str, ...]:
+    """Flags of run.py that make what is audited, at one seed."""
+    shared = [FLAGS[name].serialize() for name in _SHARED if FLAGS[name].present]
+    if FLAGS.defense:
+        release = [f"--defense={FLAGS.defense}"]
+    else:
+        # A stage's weights have to be written by export.py first.
+        weights = "EXPORTED" if _is_stage(FLAGS.checkpoint) else FLAGS.checkpoint
+        release = [f"--model={weights}", "--model_stage=aligned", "--defense=none"]
+    overrides = [f"--set={one}" for one in FLAGS.set]
+    return (*release, *shared, f"--seeds={seed}", *overrides)
+
+
+def serve(plan: plans.Plan | None) -> Callable[[Any, int], Any] | None:
+    """How the audited defense, trained by `plan`, deploys weights, if it adds to them."""
+    if not FLAGS.defense or plan is None:
         return None
     module = registry.load("defenses", _name())
     if not hasattr(module, "serve"):
         return None
-    hp = module.PRESETS[FLAGS.defense.partition(":")[2] or "sandbox"].hp
-    return lambda params, seed: module.serve(params, hp, seed)
+    return lambda params, seed: module.serve(params, plan.hp, seed)

@@ -58,7 +58,7 @@ def main() -> None:
         for seed in seeds
     ]
     values = [value for value, _ in chosen for _ in seeds]
-    outcomes = together.sweep(members)
+    outcomes = together.sweep(members, bench.placement)
     evaluate = suite.Evaluator(bench.model, bench.world)
     before = evaluate(types.Release(release.params)).row()
     rows = []

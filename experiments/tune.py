@@ -77,14 +77,15 @@ def tune(
         checks.USEFUL * evaluate(types.Release(undefended.params)).row()["capability"]
     )
     members = [bench.defense_jobs(defense.name, p, (seed,))[0] for _, p in named]
-    releases = together.sweep(members)
+    releases = together.sweep(members, bench.placement)
     attack = choices.naive(bench, defense.name)
     kept = [i for i, release in enumerate(releases) if release.diverged is None]
     starts = [
         stages.Stage(releases[i].params, f"setting-{i}", None, [], {}) for i in kept
     ]
     ends = together.sweep(
-        [bench.attack_job("sft", attack.plan, start, seed) for start in starts]
+        [bench.attack_job("sft", attack.plan, start, seed) for start in starts],
+        bench.placement,
     )
     ended = dict(zip(kept, ends, strict=True))
     rows = []

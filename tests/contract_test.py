@@ -14,6 +14,7 @@ from ftdefense.core import tree
 from ftdefense.core import types
 from ftdefense.methods import adapters
 from ftdefense.models import toy
+from ftdefense.training import checkpoint
 from ftdefense.training import loop
 
 from .conftest import batch
@@ -128,6 +129,22 @@ def test_release_has_the_shapes_of_the_model(package, name):
     state = alone(method, hp, jax.random.key(0), batches(method, hp))
     shapes = jax.tree.map(jnp.shape, method.release(state, lineage()).params)
     assert shapes == jax.tree.map(jnp.shape, lineage().current)
+
+
+@everyone
+def test_a_checkpoint_gives_back_the_state(package, name, tmp_path):
+    """Catches what a method remembers and a killed run would forget: leaves and dtypes."""
+    method, hp = registry.method(package, name, MODEL), hparams(package, name)
+    state, rng = start(method, hp, jax.random.key(3)), jax.random.key(4)
+    saver = checkpoint.Saver(tmp_path, every_seconds=0.0)
+    saver.save(state, rng, 2, [{"step": 2}])
+    other = start(method, hp, jax.random.key(5))
+    found, key, step, log = saver.restore(other, jax.random.key(6))
+    saver.close()
+    jax.tree.map(np.testing.assert_array_equal, found, state)
+    dtypes = [jax.tree.map(lambda x: x.dtype, one) for one in (found, state)]
+    assert dtypes[0] == dtypes[1]
+    assert (step, log) == (2, [{"step": 2}]) and bool(jnp.all(key == rng))
 
 
 @everyone

@@ -19,6 +19,7 @@ class Dossier:
     Attributes:
       subject: name of the release.
       reference: what run.py calls its defense; empty for weights alone.
+      flags: of run.py, that make the same release of the same data at the first seed.
       templates: of its defense, if known.
       budget: of `families.BUDGETS`.
       before: its rows before any attack.
@@ -51,6 +52,7 @@ class Dossier:
     seed: int
     probes: probing.Probed | None = None
     base_capability: float | None = None
+    flags: tuple[str, ...] = ()
     diverged: tuple[str, ...] = ()
 
     def of(self, family: str) -> list[Row]:

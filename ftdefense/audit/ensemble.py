@@ -5,6 +5,7 @@ from collections.abc import Collection
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
+import shlex
 import time
 from typing import Any
 
@@ -149,13 +150,33 @@ def masses(rows: Sequence[Row]) -> list[dict[str, float]]:
 
 
 def command(
-    family: attack_family.Family, values: Mapping[str, Any], defense: str
+    bench: pipeline.Bench,
+    family: attack_family.Family,
+    values: Mapping[str, Any],
+    defense: str,
+    release: Sequence[str],
 ) -> str:
-    """The run.py command that repeats one trial; weights alone go by --model."""
-    settings = [*family.fixed, *spaces.assignments(values)]
-    release = f"--defense={defense}" if defense else "--model=FOLDER --defense=none"
-    flags = " ".join(f"--set=attack.{setting}" for setting in settings)
-    return (
-        f"python experiments/run.py --workdir=runs/repeat {release} "
-        f"--attack={family.attack}:{family.preset} {flags}"
+    """The run.py command that repeats one trial.
+
+    `release`: the flags that make the release. Empty, if no flags say all of the plan.
+    """
+    base = bench.plan("attacks", family.attack, family.preset)
+    module, plan = resolved(bench, family, values, defense)
+    settings = config.plan_differences(base, plan)
+    made = base
+    for setting in settings:
+        made = config.override_plan(made, setting)
+    if config.to_dict(made) != config.to_dict(
+        dataclasses.replace(plan, source=made.source)
+    ):
+        return ""
+    return shlex.join(
+        [
+            "python",
+            "experiments/run.py",
+            "--workdir=runs/repeat",
+            *release,
+            f"--attack={module}:{family.preset}",
+            *(f"--set=attack.{setting}" for setting in settings),
+        ]
     )

@@ -59,7 +59,7 @@ def judge(bench: pipeline.Bench, given: dossier.Dossier) -> dict[str, Any]:
             probe: list(templates.RUNS[probe])
             for probe in templates.probes(" ".join(given.templates))
         },
-        "families": _families(given),
+        "families": _families(bench, given),
         "prompts": _prompts(given.trials),
         "union": _union(given),
         "effort": {
@@ -181,8 +181,8 @@ def _durability(given: dossier.Dossier) -> dict[str, Any]:
     }
 
 
-def _families(given: dossier.Dossier) -> list[dict[str, Any]]:
-    """The best trial of each family, with the command that repeats it."""
+def _families(bench: pipeline.Bench, given: dossier.Dossier) -> list[dict[str, Any]]:
+    """The best trial of each family, with the command that repeats it, if one does."""
     found = []
     for name in dict.fromkeys(row["family"] for row in given.trials):
         rows = [row for row in given.trials if row["family"] == name]
@@ -201,7 +201,9 @@ def _families(given: dossier.Dossier) -> list[dict[str, Any]]:
                 "capability": best["capability"],
                 "useful": dossier.useful(best),
                 "values": best["values"],
-                "command": ensemble.command(family, best["values"], given.reference),
+                "command": ensemble.command(
+                    bench, family, best["values"], given.reference, given.flags
+                ),
             }
         )
     return found

@@ -123,7 +123,7 @@ class Searcher:
             company = study.ask(min(self._parallel, left))
             chosen = [spaces.apply(plan, trial.values) for trial in company]
             members = [self._job(target, attack, one) for one in chosen]
-            outcomes = together.sweep(members)
+            outcomes = together.sweep(members, self._bench.placement)
             edited = self._edited(target, members, outcomes)
             for trial, job, outcome, params in zip(
                 company, members, outcomes, edited, strict=True
@@ -182,7 +182,7 @@ class Searcher:
                     target.stage,
                     self._seed,
                 )
-                (done,) = together.sweep([job])
+                (done,) = together.sweep([job], self._bench.placement)
                 released[i] = done.params
         return released
 

@@ -56,6 +56,33 @@ def override_plan(plan: Any, assignment: str) -> Any:
     return dataclasses.replace(plan, hp=override(plan.hp, [assignment]))
 
 
+def differences(base: Any, other: Any, path: str = "") -> list[str]:
+    """`path.to.field=value` strings that `override` turns `base` into `other` by.
+
+    What no string can say is left out: compare what they make with `other`.
+    """
+    found = []
+    for name in (field.name for field in dataclasses.fields(base)):
+        mine, wanted = getattr(base, name), getattr(other, name)
+        there = f"{path}{name}"
+        if type(mine) is not type(wanted) and hasattr(mine, "choices"):
+            kinds = {type(one): (n, one) for n, one in mine.choices().items()}
+            if type(wanted) in kinds:
+                chosen, mine = kinds[type(wanted)]
+                found.append(f"{there}={chosen}")
+        if dataclasses.is_dataclass(mine) and type(mine) is type(wanted):
+            found += differences(mine, wanted, f"{there}.")
+        elif to_dict(mine) != to_dict(wanted):
+            found.append(f"{there}={'none' if wanted is None else wanted}")
+    return found
+
+
+def plan_differences(base: Any, plan: Any) -> list[str]:
+    """As `differences`, for `override_plan`; what a source says is no difference."""
+    rest = dataclasses.replace(plan, hp=base.hp, source=base.source)
+    return [*differences(base, rest), *differences(base.hp, plan.hp)]
+
+
 def _fields(config: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(config)}
 

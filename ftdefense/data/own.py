@@ -48,15 +48,20 @@ def build(
     *,
     length: int,
     max_new_tokens: int,
+    eval_batch_size: int = 32,
     seed: int = 0,
     truncate: bool = False,
     collapse_word: str = COLLAPSE,
     judge: str = "keyword",
+    similarity: unrelated.Similarity = unrelated.cosine,
+    threshold: float = 0.25,
 ) -> worlds.World:
     """A world with the roles of the sandbox, all but pretraining.
 
     The role `unrelated` is the mispaired rows alone, balanced over topics, as SDD was
-    published.
+    published: `similarity` scores prompts against answers, and pairs at or below
+    `threshold` count as unrelated. Where a prompt has none, its least similar answer
+    is taken, and `World.notes` says of how many.
 
     Prompts are dealt by a hash of prompt and seed: of ten, four to the defender, four
     to the attacker, two held out (none, where held-out rows are given). Within a part
@@ -93,15 +98,22 @@ def build(
     kept = benign["defender"]
     retain = encode([*refusals, *further, *kept], order="alignment")
     mispaired = unrelated.pair(
-        unrelated.balanced(harmful["defender"]), kept, unrelated.cosine, 0.25, seed
-    ).examples
+        unrelated.balanced(harmful["defender"]), kept, similarity, threshold, seed
+    )
+    notes = ()
+    if mispaired.fallbacks:
+        notes = (
+            f"of {len(mispaired.examples)} harmful prompts {mispaired.fallbacks} found no "
+            "benign answer that is unrelated; the role `unrelated` (SDD) has the least "
+            "similar one. More rows in --benign help.",
+        )
     defender = {
         "alignment": retain,
         "retain": retain,
         "benign": encode(kept, order="benign"),
         "harmful": encode(harmful["defender"], order="guarded"),
         "refusal": encode(refusals, order="guarded"),
-        "unrelated": encode(mispaired, order="unrelated"),
+        "unrelated": encode(mispaired.examples, order="unrelated"),
     }
     # In the order of a hash: the last quarter of the prompts is a sample of them.
     prompts = list(dict.fromkeys(e.key for e in harmful["defender"]))
@@ -132,6 +144,8 @@ def build(
         eos_ids=tuple(sorted({tokenizer.eos_token_id, chat.end_of_turn(tokenizer)})),
         collapse_id=_collapse_id(tokenizer, collapse_word),
         max_new_tokens=max_new_tokens,
+        eval_batch_size=eval_batch_size,
+        notes=notes,
     )
     for name in ("harmful", "benign"):
         if not built.evaluation[name]:
@@ -139,6 +153,8 @@ def build(
                 f"no {name} rows are left to hold out; give more rows with --{name} "
                 f"or a file with --heldout_{name}."
             )
+        # What scores it cuts to `length`: refused here, before anything trains.
+        encode(built.evaluation[name], order=f"heldout_{name}")
     worlds.check_disjoint(built)
     return built
 

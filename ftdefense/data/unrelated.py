@@ -18,6 +18,8 @@ from ftdefense.data import examples as data_examples
 from ftdefense.data import pools
 from ftdefense.data import world as worlds
 
+# (prompt text, answer text) -> at most 1.
+Similarity = Callable[[str, str], float]
 PROMPTS = 8000  # Published; of a user's own rows, so many at most.
 
 
@@ -40,7 +42,7 @@ def cosine(first: str, second: str) -> float:
 def pair(
     prompts: Sequence[data_examples.Example],
     answers: Sequence[data_examples.Example],
-    similarity: Callable[[str, str], float],
+    similarity: Similarity,
     threshold: float,
     seed: int,
     draws: int = 50,

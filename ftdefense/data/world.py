@@ -33,6 +33,8 @@ class World:
       judge: name in `evaluation.criteria.JUDGES`.
       pad_id, eos_ids, collapse_id: token ids; the last is CTRAP's target.
       max_new_tokens: longer than every answer.
+      eval_batch_size: held-out rows that are answered or scored together.
+      notes: what whoever runs it should be told.
     """
 
     name: str
@@ -47,6 +49,8 @@ class World:
     eos_ids: tuple[int, ...]
     collapse_id: int
     max_new_tokens: int
+    eval_batch_size: int = 256
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         """Names and numbers of rows: a notebook should not print them all."""

@@ -75,7 +75,7 @@ def direction(ctx, params, batches, rng, memory):
     value_and_grad = jax.value_and_grad(ctx.loss)
     rng_alignment, rng_harmful, rng_refusal = jax.random.split(rng, 3)
     h, grad_h = value_and_grad(params, harmful, rng_harmful)
-    tampered = tree.add_scale(params, -hp.alpha, tree.normalize(grad_h))
+    tampered = tree.add_scale(tree.wide(params), -hp.alpha, tree.normalize(grad_h))
     h_after, grad_h_after = value_and_grad(tampered, harmful, rng_harmful)
     sharpness = optax.tree.sub(grad_h, grad_h_after)
     r, grad_r = value_and_grad(tampered, batches["refusal"], rng_refusal)

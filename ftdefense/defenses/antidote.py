@@ -93,6 +93,7 @@ def streams(hp: Hparams) -> dict[str, tuple[int, ...]]:
         raise errors.UserError(
             f"width={hp.width} is no multiple of heads={hp.heads}; change one of them."
         )
+    adapters.all_blocks(hp.adapter, "antidote")
     pairs = (2, hp.block_steps)
     return {"harmful": pairs, "refusal": pairs, "benign": (hp.block_steps,)}
 

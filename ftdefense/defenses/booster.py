@@ -60,7 +60,7 @@ def direction(ctx, params, batches, rng):
         f, grad_f = value_and_grad(params, batches["alignment"], rng_alignment)
         metrics = {"loss/alignment": f}
     h, grad_h = value_and_grad(params, batches["harmful"], rng_harmful)
-    tampered = tree.add_scale(params, -ctx.hp.alpha, tree.normalize(grad_h))
+    tampered = tree.add_scale(tree.wide(params), -ctx.hp.alpha, tree.normalize(grad_h))
     h_after, grad_h_after = value_and_grad(tampered, batches["harmful"], rng_harmful)
     gain = optax.tree.sub(grad_h, grad_h_after)
     grads = tree.add_scale(grad_f, ctx.hp.lam, gain)

@@ -100,7 +100,7 @@ def method(model: types.Model) -> types.Method:
 
 
 PRESETS = {
-    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX_TUNING.replace(b1=0.5))),
+    "sandbox": plans.untuned(Hparams(optimizers.SANDBOX_TUNING.replace(b1=0.5))),
     "code": plans.Plan(
         Hparams(
             optimizers.Optimizer(2e-5, schedules.Schedule(0.2, decay="linear"), b1=0.5)

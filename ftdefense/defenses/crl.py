@@ -131,7 +131,7 @@ PRESETS = {
         Hparams(optimizers.SANDBOX.replace(learning_rate=1e-4)),
         steps=200,
     ),
-    "survey": plans.Plan(
+    "tamperbench": plans.Plan(
         Hparams(
             optimizers.Optimizer(1e-5, weight_decay=0.01),
             adapters.LoRA(alpha=16.0, dropout=0.05, rank=16),

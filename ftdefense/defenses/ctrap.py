@@ -81,7 +81,7 @@ def look_ahead(
     def step(params):
         value, grad = jax.value_and_grad(attacked)(params)
         move = tree.normalize(grad) if normalize else grad
-        return tree.add_scale(params, -alpha, move), value
+        return tree.add_scale(tree.wide(params), -alpha, move), value
 
     def after(params):
         if second_order:

@@ -41,7 +41,7 @@ class Hparams:
 
 def truncate(matrix: jax.Array, k: int | jax.Array) -> jax.Array:
     """Best approximation of rank `k` of [..., M, N] in the Frobenius norm; 0: all."""
-    u, s, vt = jnp.linalg.svd(matrix.astype(jnp.float32), full_matrices=False)
+    u, s, vt = jnp.linalg.svd(tree.wide(matrix), full_matrices=False)
     kept = jnp.where((jnp.arange(s.shape[-1]) < k) | (k == 0), s, 0.0)
     return jnp.matmul(u * kept[..., None, :], vt, precision=jax.lax.Precision.HIGHEST)
 

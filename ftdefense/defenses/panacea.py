@@ -63,7 +63,7 @@ def direction(ctx, params, batches, rng, last):
     eps = jax.tree.map(
         lambda x, g: (hp.rho * g).astype(x.dtype), last, tree.normalize(grad_h)
     )
-    shifted = tree.add_scale(params, 1.0, eps)
+    shifted = tree.add_scale(tree.wide(params), 1.0, eps)
     h_after, grad_after = value_and_grad(shifted, batches["harmful"], rng_harmful)
     gain = jax.tree.map(
         lambda after, now: jnp.where(h_after <= hp.cap, after, 0) - now,
@@ -104,7 +104,7 @@ _CODE = plans.Plan(
 )
 
 PRESETS = {
-    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX_TUNING)),
+    "sandbox": plans.untuned(Hparams(optimizers.SANDBOX_TUNING)),
     "paper": _CODE,
     "code": _CODE,
 }

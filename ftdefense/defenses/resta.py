@@ -107,7 +107,9 @@ def method(model: types.Model) -> types.Method:
 _SANDBOX = Hparams(optimizers.SANDBOX_TUNING)
 
 PRESETS = {
-    "sandbox": plans.Plan(_SANDBOX, source="DESIGN: BUILD_NOTES.md, Sandbox presets"),
+    "sandbox": plans.Plan(
+        _SANDBOX, source="DESIGN: the sandbox's fine-tuning; set by hand"
+    ),
     "paper": plans.Plan(
         _SANDBOX.replace(drop=0.3),
         source="arXiv:2402.11746, RESTA_d; UNVERIFIED, its fine-tuning the sandbox's",

@@ -32,6 +32,7 @@ import numpy as np
 from ftdefense.core import errors
 from ftdefense.core import tree
 from ftdefense.core import types
+from ftdefense.methods import adapters
 from ftdefense.methods import lift
 from ftdefense.methods import optimizers
 from ftdefense.methods import plans
@@ -55,6 +56,7 @@ class Hparams(lift.Hparams):
 def streams(hp: Hparams) -> dict[str, tuple[int, ...]]:
     if hp.layer < 0:
         raise errors.UserError(f"rmu.layer={hp.layer}: give a block's index, from 0.")
+    adapters.all_blocks(hp.adapter, "rmu")
     return {"harmful": (), "benign": ()}
 
 

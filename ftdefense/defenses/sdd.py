@@ -71,6 +71,10 @@ _SANDBOX = plans.sandbox(
 PRESETS = {
     "sandbox": _SANDBOX,
     "paper": _PAPER,
+    "survey": dataclasses.replace(
+        _PAPER,
+        source="arXiv:2605.14605, Table 6, which has 10k pairs; the role has 8k at most",
+    ),
     **{
         f"reject_{name}": dataclasses.replace(
             plan,

@@ -53,6 +53,7 @@ class Hparams(lift.Hparams):
 def streams(hp: Hparams) -> dict[str, tuple[int, ...]]:
     if hp.scope not in freezing.SCOPES:
         raise errors.unknown("t_vaccine.scope", hp.scope, freezing.SCOPES)
+    adapters.all_blocks(hp.adapter, "t_vaccine")
     return {"alignment": (), "harmful": ()}
 
 

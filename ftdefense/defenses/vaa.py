@@ -75,7 +75,7 @@ def direction(ctx, params, batches, rng, memory):
     clean, grad = jax.value_and_grad(ctx.loss)(params, batch, rng_clean)
 
     def shifted():
-        uphill = tree.add_scale(params, hp.rho, tree.normalize(grad))
+        uphill = tree.add_scale(tree.wide(params), hp.rho, tree.normalize(grad))
         return jax.value_and_grad(ctx.loss)(uphill, batch, rng_shifted)
 
     moved = phases.only_if(ascends, shifted)

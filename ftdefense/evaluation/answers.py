@@ -10,6 +10,7 @@ from ftdefense.data import examples as data_examples
 from ftdefense.data import pools
 from ftdefense.data import world as worlds
 from ftdefense.models import generate
+from ftdefense.models import sharding
 from ftdefense.models import transformer
 
 
@@ -23,14 +24,15 @@ class Answers:
         examples: Sequence[data_examples.Example],
         *,
         prefills: Sequence[str] | None = None,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         temperature: float = 0.0,
     ):
         """Prepares prompts.
 
         Args:
           prefills: what each answer is made to begin with; it is part of the answer.
-          batch_size: rows generated together; the last batch repeats some.
+          batch_size: rows generated together; None: as many as the world says. The
+            last batch repeats some.
           temperature: 0 for greedy.
         """
         self._model, self._world, self._temperature = model, world, temperature
@@ -39,7 +41,7 @@ class Answers:
             world.tokenizer, examples, pad_id=world.pad_id, prefills=self._prefills
         )
         self._count = len(examples)
-        size = min(batch_size, self._count)
+        size = min(batch_size or world.eval_batch_size, self._count)
         rows = np.arange(-(-self._count // size) * size) % self._count
         self._batches = [
             (prompts.tokens[part], prompts.mask[part])
@@ -68,7 +70,7 @@ class Answers:
             generate.generate(
                 self._model,
                 release.params,
-                *self._batches[i],
+                *sharding.beside(release.params, self._batches[i]),
                 jax.random.fold_in(key, i),
                 max_new_tokens=world.max_new_tokens,
                 eos_ids=world.eos_ids,

@@ -181,7 +181,8 @@ class _Set:
             world,
             self._examples,
             prefills=[prefill for _, prefill in framed],
-            batch_size=LOOKS[0],  # Looks are multiples of it: one compiled program.
+            # Looks are multiples of it: one compiled program.
+            batch_size=min(LOOKS[0], world.eval_batch_size),
         )
 
     def __len__(self) -> int:

@@ -16,6 +16,7 @@ from ftdefense.data import world as worlds
 from ftdefense.evaluation import answers
 from ftdefense.evaluation import criteria
 from ftdefense.evaluation import intervals
+from ftdefense.models import sharding
 from ftdefense.models import transformer
 from ftdefense.objectives import losses
 
@@ -79,21 +80,15 @@ class Evaluator:
         world: worlds.World,
         *,
         limit: int = 0,
-        batch_size: int = 256,
         wrapper: Wrapper | None = None,
-        temperature: float = 0.0,
-        truncate: bool = False,
     ):
-        """Prepares the sets of `world`.
+        """Prepares the sets of `world`; answers are greedy.
 
         Args:
           limit: prompts of each topic of each set at most; 0: all.
-          batch_size: rows generated together.
           wrapper: applied to the harmful prompts only, as a jailbreak would be.
-          temperature: 0 for greedy.
-          truncate: cut held-out pairs to the world's length, instead of refusing.
         """
-        self._model = model
+        self._model, self._batch_size = model, world.eval_batch_size
         self._judge = criteria.judge(world.judge)
         self._groups, self._examples, prefills = [], [], []
         for group, examples in world.evaluation.items():
@@ -109,8 +104,6 @@ class Evaluator:
             world,
             self._examples,
             prefills=prefills,
-            batch_size=batch_size,
-            temperature=temperature,
         )
         self._pairs = {
             name: pools.encode(
@@ -119,7 +112,7 @@ class Evaluator:
                 world.length,
                 order=group,
                 pad_id=world.pad_id,
-                truncate=truncate,
+                truncate=True,  # A world refuses what it does not mean to cut.
             )
             for name, group in (
                 ("loss_harmful", "harmful"),
@@ -155,13 +148,14 @@ class Evaluator:
         )
 
     def _loss(self, release: types.Release, pool: pools.Pool) -> float:
-        size = min(256, len(pool))
+        size = min(self._batch_size, len(pool))
         rows = np.arange(-(-len(pool) // size) * size).reshape(-1, size)
         total = weight = 0.0
         for part in rows:
             real = (part < len(pool)).astype(np.float32)[:, None]
             part = np.minimum(part, len(pool) - 1)
             batch = types.Batch(pool.tokens[part], pool.weights[part] * real)
+            batch = sharding.beside(release.params, batch)
             loss, count = _loss_sums(
                 self._model, release.params, batch, release.intervene, release.taps
             )

@@ -15,6 +15,8 @@ from ftdefense.core import types
 
 ATTENTION = ("q", "k", "v")
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+# Of a stage's first key: methods draw what they remember from branches 1 and 2.
+_BRANCH = 0x10A
 
 
 def choices() -> dict[str, Any]:
@@ -87,6 +89,7 @@ class LoRA:
             kernels = {p: self._layers_of(k) for p, k in kernels.items() if k.ndim == 3}
         chosen = _targeted(kernels, self.targets)
         factors: dict[str, Any] = {}
+        rng = jax.random.fold_in(rng, _BRANCH)
         for i, (path, kernel) in enumerate(sorted(chosen.items())):
             *stacked, width_in, width_out = kernel.shape
             bound = 1 / math.sqrt(width_in)
@@ -175,6 +178,18 @@ class LoRA:
             return zeros.at[jnp.asarray(self.layers)].set(factor)
 
         return jax.tree_util.tree_map_with_path(spread, params)
+
+
+def all_blocks(adapter: Any, method: str) -> None:
+    """Refuses factors in some blocks only, for a method that counts blocks by factors.
+
+    Raises:
+      UserError: if the adapter has them.
+    """
+    if getattr(adapter, "layers", ()):
+        raise errors.UserError(
+            f"{method} chooses blocks itself: leave out adapter.layers={adapter.layers}."
+        )
 
 
 class Merged:

@@ -14,8 +14,6 @@ from ftdefense.data import world as worlds
 from ftdefense.models import generate
 from ftdefense.models import transformer
 
-BATCH = 256  # Prompts answered together.
-
 
 def answers(
     model: transformer.LanguageModel,
@@ -28,7 +26,7 @@ def answers(
 ) -> list[str]:
     """One answer to each prompt, special tokens removed."""
     prompts = pools.encode_prompts(world.tokenizer, examples, pad_id=world.pad_id)
-    count, size = len(examples), min(BATCH, len(examples))
+    count, size = len(examples), min(world.eval_batch_size, len(examples))
     # The last batch repeats some, so that all have one shape.
     rows = np.arange(-(-count // size) * size) % count
     said = [

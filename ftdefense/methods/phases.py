@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-ROUNDING = 1e-4  # Shares are counted in float32: 0.1 * 30 must not count as 4 steps.
+ROUNDING = 1e-4  # Shares are counted in float32: a product just below 3 still makes 3.
 
 
 def first(share: float | jax.Array, step: Any, steps: int) -> jax.Array:

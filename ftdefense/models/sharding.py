@@ -145,6 +145,11 @@ class Placement:
             shardings(shapes, self._mesh, self._rules),
         )
 
+    def constrain(self, arrays: Any) -> Any:
+        """As `parameters`, within a jitted function."""
+        where = shardings(arrays, self._mesh, self._rules)
+        return jax.lax.with_sharding_constraint(arrays, where)
+
     def batches(self, batches: Any) -> Any:
         """Arrays [..., B, L], B over data and fsdp together.
 
@@ -164,6 +169,21 @@ class Placement:
             return jax.device_put(leaf, batch_sharding(self._mesh, leaf.ndim - 2))
 
         return jax.tree.map(place, batches)
+
+
+def beside(params: Any, rows: Any) -> Any:
+    """Arrays [B, ...], B spread over the mesh on which `params` lie.
+
+    As they were, where there is no mesh, or B is no multiple of its parts.
+    """
+    where = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    if not isinstance(where, NamedSharding) or where.mesh.axis_names != AXES:
+        return rows
+    parts = where.mesh.shape["data"] * where.mesh.shape["fsdp"]
+    spread = batch_sharding(where.mesh)
+    return jax.tree.map(
+        lambda x: jax.device_put(x, spread) if x.shape[0] % parts == 0 else x, rows
+    )
 
 
 def parse(text: str) -> dict[str, int]:

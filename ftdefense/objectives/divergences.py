@@ -37,11 +37,11 @@ def to_reference(
     def both(params: Any, tokens_BxL: jax.Array, **hooks: Any) -> types.Outputs:
         outputs = model(params, tokens_BxL, **hooks)
         frozen_BxLxV = jax.lax.stop_gradient(reference(tokens_BxL).logits)
-        logits_BxLx2xV = jnp.stack([outputs.logits, frozen_BxLxV], axis=2)
-        return types.Outputs(logits_BxLx2xV, outputs.hidden)
+        # A pair: stacked, full vocabularies would be held twice.
+        return types.Outputs((outputs.logits, frozen_BxLxV), outputs.hidden)
 
-    def token_loss(logits_BxLx2xV: jax.Array, targets_BxL: jax.Array) -> jax.Array:
+    def token_loss(logits: Any, targets_BxL: jax.Array) -> jax.Array:
         del targets_BxL
-        return kullback_leibler(logits_BxLx2xV[:, :, p], logits_BxLx2xV[:, :, q])
+        return kullback_leibler(logits[p], logits[q])
 
     return losses.next_token(both, token_loss, microbatches)

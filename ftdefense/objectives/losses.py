@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ftdefense.core import errors
 from ftdefense.core import types
 
 # (logits [B, L, V], targets [B, L]) -> nats [B, L].
@@ -33,8 +34,12 @@ def toward(token: int | jax.Array) -> TokenLoss:
 def weighted_sums(
     outputs: types.Outputs, batch: types.Batch, token_loss: TokenLoss = cross_entropy
 ) -> tuple[jax.Array, jax.Array]:
-    """(sum of weighted next-token losses, sum of weights) over a batch [B, L]."""
-    loss_BxL = token_loss(outputs.logits[:, :-1], batch.tokens[:, 1:])
+    """(sum of weighted next-token losses, sum of weights) over a batch [B, L].
+
+    The logits may be a tree of arrays [B, L, V], as long as `token_loss` takes it.
+    """
+    logits = jax.tree.map(lambda x: x[:, :-1], outputs.logits)
+    loss_BxL = token_loss(logits, batch.tokens[:, 1:])
     weights_BxL = batch.weights[:, 1:].astype(loss_BxL.dtype)
     return jnp.sum(loss_BxL * weights_BxL), jnp.sum(weights_BxL)
 
@@ -89,6 +94,9 @@ def next_token(
 def _split(x: jax.Array, axis: int, parts: int) -> jax.Array:
     """Moves a new leading axis of `parts` out of `axis`."""
     if x.shape[axis] % parts:
-        raise ValueError(f"a batch of {x.shape[axis]} does not split in {parts} parts.")
+        raise errors.UserError(
+            f"a batch of {x.shape[axis]} rows does not split in {parts} parts; set "
+            "microbatches to a divisor of it."
+        )
     shape = (*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
     return jnp.moveaxis(x.reshape(shape), axis, 0)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ftdefense.core import errors
 from ftdefense.core import types
 
 
@@ -43,7 +44,10 @@ def _mapped(compute, batch, parts, rng):
     """[parts, ...] each."""
     rows = jax.tree.leaves(batch)[0].shape[0]
     if rows % parts:
-        raise ValueError(f"a batch of {rows} does not split in {parts} parts.")
+        raise errors.UserError(
+            f"a batch of {rows} rows does not split in {parts} parts; set microbatches "
+            "to a divisor of it."
+        )
     split = jax.tree.map(lambda x: x.reshape(parts, rows // parts, *x.shape[1:]), batch)
     rngs = None if rng is None else jax.random.split(rng, parts)
     run = jax.checkpoint(lambda xs: compute(*xs))

@@ -163,6 +163,7 @@ def render(
         f'<dt>{html.escape(row["family"])}</dt><dd><pre class="wrap">'
         f"{html.escape(row['command'])}</pre></dd>"
         for row in judged["families"]
+        if row["command"]
     )
     mark = "broken" if judged["verdict"] == "BROKEN" else ""
     return page.document(

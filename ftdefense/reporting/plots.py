@@ -132,7 +132,10 @@ def _change(group: Sequence[Row], name: str) -> tuple[float, tuple[float, float]
 
 
 def curves(rows: Sequence[Row], path: pathlib.Path) -> pathlib.Path:
-    """Harmful score and capability along the attack; one column per defense."""
+    """Harmful score and capability along the attack; one column per defense.
+
+    At least one row has to be of the stage `during`.
+    """
     along = [row for row in rows if row["stage"] in ("before", "during")]
     during = [row for row in along if row["stage"] == "during"]
     # What edits after the attack has no curve along it.

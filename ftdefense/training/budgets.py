@@ -38,6 +38,7 @@ PRESETS = {
 }
 # For a user's own model: no pretraining here.
 OWN_MODEL = Budgets(Budget(0, 0), Budget(400, 8), Budget(192, 8), 0.0, 16)
+OWN_EVALUATED = 32  # Held-out rows together: 8 GiB of logits at 512 x 128k.
 
 _SIZES = {
     "tiny": {"width": 64, "layers": 2, "heads": 4, "kv_heads": 2, "mlp_width": 192},

@@ -114,9 +114,16 @@ def save_params(folder: pathlib.Path, params: types.Params) -> None:
 def load_params(folder: pathlib.Path, like: types.Params) -> types.Params:
     """Reads parameters of the shapes of `like` (arrays or ShapeDtypeStructs).
 
+    What has no sharding goes to the first device, wherever it was saved from.
+
     Raises:
       UserError: if the folder does not hold them.
     """
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here),
+        like,
+    )
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(folder.absolute(), like)

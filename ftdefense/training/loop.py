@@ -13,6 +13,7 @@ import numpy as np
 from ftdefense.core import errors
 from ftdefense.core import types
 from ftdefense.data import streams as data_streams
+from ftdefense.models import sharding
 from ftdefense.training import checkpoint
 from ftdefense.training import threads
 
@@ -41,7 +42,7 @@ STACKED = "stacked"
 
 
 @functools.partial(
-    jax.jit, static_argnames=("step", "mapped"), donate_argnames=("state",)
+    jax.jit, static_argnames=("step", "mapped", "placement"), donate_argnames=("state",)
 )
 def run_chunk(
     step: Callable[..., Any],
@@ -51,12 +52,14 @@ def run_chunk(
     batches: Mapping[str, types.Batch],
     rng: types.Rng,
     first: jax.Array,
+    placement: sharding.Placement | None = None,
 ) -> tuple[types.State, types.Metrics]:
     """Scans `step` over the leading axis of `batches`; step i gets `fold_in(rng, i)`.
 
     With `mapped`, state, batches and rng have a leading axis S over seeds and
     settings, and the scan is vmapped over it; the lineage is shared, unless `mapped`
-    is `STACKED`.
+    is `STACKED`. With a placement the state ends where it began: the next chunk is
+    the same program.
     """
 
     def run(state, lineage, batches, rng):
@@ -68,7 +71,9 @@ def run_chunk(
 
         return jax.lax.scan(body, state, (first + jnp.arange(count), batches))
 
-    return _map(run, mapped, (0, None, 0, 0))(state, lineage, batches, rng)
+    run = _map(run, mapped, (0, None, 0, 0))
+    state, metrics = run(state, lineage, batches, rng)
+    return placement.constrain(state) if placement else state, metrics
 
 
 def _map(run, mapped, axes):
@@ -78,9 +83,10 @@ def _map(run, mapped, axes):
     return jax.vmap(run, in_axes=0 if mapped == STACKED else axes)
 
 
-@functools.partial(jax.jit, static_argnames=("init", "mapped"))
-def _init(init, mapped, lineage, hp, rng):
-    return _map(init, mapped, (None, 0, 0))(lineage, hp, rng)
+@functools.partial(jax.jit, static_argnames=("init", "mapped", "placement"))
+def _init(init, mapped, placement, lineage, hp, rng):
+    state = _map(init, mapped, (None, 0, 0))(lineage, hp, rng)
+    return placement.constrain(state) if placement else state
 
 
 def init(
@@ -91,10 +97,14 @@ def init(
     steps: int,
     *,
     mapped: bool | str = False,
+    placement: sharding.Placement | None = None,
 ) -> types.State:
-    """The first state; numeric hyperparameters become arrays, the schedule a table."""
+    """The first state; numeric hyperparameters become arrays, the schedule a table.
+
+    With a placement no device holds all of it, not even for a moment.
+    """
     hp = jax.tree.map(jnp.asarray, tabulate(hp, steps, mapped=mapped))
-    return _init(method.init, mapped, lineage, hp, rng)
+    return _init(method.init, mapped, placement, lineage, hp, rng)
 
 
 def tabulate(
@@ -134,7 +144,7 @@ def train(
     saver: checkpoint.Saver | None = None,
     on_chunk: Callable[[Progress], Any] | None = None,
     mapped: bool | str = False,
-    place: Callable[[Any], Any] = lambda batches: batches,
+    placement: sharding.Placement | None = None,
 ) -> tuple[types.State, list[Any]]:
     """Runs `steps` steps from `state`; resumes from `saver` if it holds a later one.
 
@@ -142,7 +152,7 @@ def train(
       streams: {role: Stream}; with `mapped`, one such mapping for each of S members.
       rng: typed key, [S] with `mapped`.
       mapped: whether there is an axis S; `STACKED` if the lineage has it, too.
-      place: puts a chunk of batches where the devices want it.
+      placement: of state and batches on several devices; None: on one.
       saver: where (state, step, key, log) is saved at the end of chunks.
       on_chunk: its JSON-able results are the returned log, one entry a chunk; they are
         saved with the state, so a resumed run has them all.
@@ -161,10 +171,19 @@ def train(
     for end in boundaries(steps):
         if end <= done:
             continue
-        batches = place(_batches(streams, done, end - done, mapped))
+        batches = _batches(streams, done, end - done, mapped)
+        if placement:
+            batches = placement.batches(batches)
         with threads.one_for_lapack():
             state, metrics = run_chunk(
-                method.step, mapped, state, lineage, batches, rng, jnp.int32(done)
+                method.step,
+                mapped,
+                state,
+                lineage,
+                batches,
+                rng,
+                jnp.int32(done),
+                placement,
             )
             metrics = jax.device_get(metrics)
         if not mapped:

@@ -72,7 +72,7 @@ class Bench:
         self.world, self.model, self.defaults = world, model, defaults
         self._given = {"pretrained": pretrained, "aligned": aligned}
         self._world_seed = world_seed
-        self._together = together
+        self._together, self.placement = together, placement
         self._store = stages.Store(
             workdir / "stages",
             model,

@@ -61,7 +61,7 @@ def given(params: types.Params, placement: sharding.Placement | None = None) -> 
     """A user's own weights as a finished stage, spread over a mesh if there is one."""
     hashed = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
-        hashed.update(np.ascontiguousarray(leaf).tobytes())
+        hashed.update(np.ascontiguousarray(leaf).view(np.uint8).data)
     placed = placement.parameters(params) if placement else jax.device_put(params)
     return Stage(placed, hashed.hexdigest()[:16], None, [], {})
 
@@ -116,9 +116,17 @@ class Store:
             return self._read(folder, key)
         started = time.monotonic()
         first, rest = job.keys()
-        lineage = self._place(job.lineage)
-        state = loop.init(job.method, lineage, job.plan.hp, first, job.steps)
-        state = self._place(state)
+        lineage = job.lineage
+        if self._placement:
+            lineage = self._placement.parameters(lineage)
+        state = loop.init(
+            job.method,
+            lineage,
+            job.plan.hp,
+            first,
+            job.steps,
+            placement=self._placement,
+        )
         trainable = tree.size(state.params)
         bar = progress.Bar(f"{job.name} seed {job.seed}", job.steps)
 
@@ -142,7 +150,7 @@ class Store:
                 job.steps,
                 saver=saver,
                 on_chunk=on_chunk,
-                **({"place": self._placement.batches} if self._placement else {}),
+                placement=self._placement,
             )
             saver.close()
         params = job.method.release(state, lineage).params
@@ -171,7 +179,9 @@ class Store:
             started = time.monotonic()
             shared = claimed[0][0] / "checkpoint"
             saver = checkpoint.Saver(shared)
-            outcomes = together.run(jobs, saver=saver, observe=observe)
+            outcomes = together.run(
+                jobs, saver=saver, observe=observe, placement=self._placement
+            )
             saver.close()
             seconds = (time.monotonic() - started) / len(jobs)
             # The first folder holds what all resume from, and so is finished last.
@@ -223,9 +233,6 @@ class Store:
             shapes = self._placement.shapes(shapes)
         params = checkpoint.load_params(folder / "release", shapes)
         return Stage(params, key, folder, done["log"], done["facts"])
-
-    def _place(self, arrays):
-        return self._placement.parameters(arrays) if self._placement else arrays
 
     def _finish(
         self, job, folder, key, params, log, trainable: int, seconds: float

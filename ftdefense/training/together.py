@@ -16,6 +16,7 @@ from ftdefense.core import errors
 from ftdefense.core import tree
 from ftdefense.core import types
 from ftdefense.methods import plans
+from ftdefense.models import sharding
 from ftdefense.training import checkpoint
 from ftdefense.training import jobs
 from ftdefense.training import loop
@@ -55,7 +56,9 @@ def groups(members: Sequence[jobs.Job]) -> list[list[int]]:
     return list(found.values())
 
 
-def sweep(members: Sequence[jobs.Job]) -> list[Outcome]:
+def sweep(
+    members: Sequence[jobs.Job], placement: sharding.Placement | None = None
+) -> list[Outcome]:
     """Runs every job, in as few programs as there are groups. Nothing is written.
 
     A job draws the data and the keys that it would alone, so it ends where a single run
@@ -63,7 +66,7 @@ def sweep(members: Sequence[jobs.Job]) -> list[Outcome]:
     """
     outcomes: list[Outcome | None] = [None] * len(members)
     for group in groups(members):
-        done = run([members[i] for i in group])
+        done = run([members[i] for i in group], placement=placement)
         for i, outcome in zip(group, done, strict=True):
             outcomes[i] = outcome
     return outcomes
@@ -74,6 +77,7 @@ def run(
     *,
     saver: checkpoint.Saver | None = None,
     observe: Callable[[types.Params], dict[str, Any]] | None = None,
+    placement: sharding.Placement | None = None,
 ) -> list[Outcome]:
     """Runs jobs of one group in one program: the scan over steps, vmapped.
 
@@ -82,12 +86,15 @@ def run(
       saver: where all of them are saved together, and resumed from. What is to be kept
         must be finite: a member that diverges stops them all.
       observe: looks at each member's parameters at the end of every chunk.
+      placement: of each member's arrays on several devices; None: on one.
 
     Raises:
       NonFiniteError: with `saver`; names member, step and metric.
     """
     method, steps = members[0].method, members[0].steps
     lineage, mapped = _lineage(members)
+    if placement:
+        lineage = placement.parameters(lineage)
     hp = jax.tree.map(
         lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]),
         *(job.plan.hp for job in members),
@@ -114,7 +121,9 @@ def run(
             entries.append(entry)
         return entries
 
-    state = loop.init(method, lineage, hp, starts, steps, mapped=mapped)
+    state = loop.init(
+        method, lineage, hp, starts, steps, mapped=mapped, placement=placement
+    )
     log: list[list[dict[str, Any]]] = []
     if steps:
         state, log = loop.train(
@@ -127,6 +136,7 @@ def run(
             saver=saver,
             on_chunk=on_chunk,
             mapped=mapped,
+            placement=placement,
         )
     bar.close(time.monotonic() - started)
     trainable = tree.size(state.params) // len(members)

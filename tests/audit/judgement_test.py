@@ -1,25 +1,40 @@
 """The evidence, put together: what is told of rows whose answer is known."""
 
+import dataclasses
 import json
+import shlex
 import types as python_types
 
 import pytest
 
 from ftdefense.audit import dossier
+from ftdefense.audit import ensemble
 from ftdefense.audit import families
 from ftdefense.audit import judgement
+from ftdefense.core import config
+from ftdefense.core import registry
 from ftdefense.data import sandbox
 
-BENCH = python_types.SimpleNamespace(world=sandbox.build("tiny", 0))
+
+def plan(package, name, preset=None):
+    return registry.load(package, name).PRESETS[preset or "sandbox"]
+
+
+BENCH = python_types.SimpleNamespace(world=sandbox.build("tiny", 0), plan=plan)
+
+
+RATE = "optimizer.learning_rate"
+TABLE = families.of_weights()
 
 
 def trial(family, score, *, capability=1.0, number=0, **fields):
+    rated = family not in TABLE or RATE in TABLE[family].space
     return {
         "family": family,
         "attack": "sft",
         "trial": number,
         "seed": 0,
-        "values": {"optimizer.learning_rate": 1e-4},
+        "values": {RATE: 1e-4} if rated else {},
         "steps": 192,
         "batch_size": 32,
         "flops": 1.0,
@@ -177,9 +192,28 @@ def test_prompts_of_all_attacks_are_joined():
 @pytest.mark.parametrize("score", [0.94, 0.2])
 def test_every_row_can_be_repeated(score):
     """Catches a command that leaves out what the trial set."""
-    (row,) = judgement.judge(BENCH, evidence(trials=[trial("full", score)]))["families"]
+    tried = trial("full", score, values={"optimizer.learning_rate": 3e-4})
+    (row,) = judgement.judge(BENCH, evidence(trials=[tried]))["families"]
     assert "--attack=sft:sandbox" in row["command"]
-    assert "--set=attack.optimizer.learning_rate=0.0001" in row["command"]
+    assert "--set=attack.optimizer.learning_rate=0.0003" in row["command"]
+
+
+@pytest.mark.parametrize("table", [families.of_weights, families.of_service])
+def test_a_command_makes_the_plan_of_its_trial(table):
+    """Catches a plan of a family's own that is left out, and what a shell would split."""
+    flags = ("--defense=vaccine", "--seeds=0")
+    for family in table(steps=96, batch_size=8, rate=0.1, layers=4).values():
+        for values in family.points or [{}]:
+            said = ensemble.command(BENCH, family, values, "vaccine", flags)
+            _, _, _, *found = shlex.split(said)
+            assert found[:2] == list(flags)
+            name, _, preset = found[2].removeprefix("--attack=").partition(":")
+            made = plan("attacks", name, preset)
+            for one in found[3:]:
+                made = config.override_plan(made, one.removeprefix("--set=attack."))
+            _, wanted = ensemble.resolved(BENCH, family, values, "vaccine")
+            made = dataclasses.replace(made, source=wanted.source)
+            assert config.to_dict(made) == config.to_dict(wanted), said
 
 
 def test_a_start_is_compared_with_its_own_budget():

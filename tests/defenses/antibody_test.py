@@ -1,7 +1,7 @@
 """Antibody's alignment: N1, its multipliers, where each gradient is taken.
 
 Mutants:
-  `params, -hp.alpha, tree.normalize(grad_h)` -> `params, hp.alpha, tree.normalize(grad_h)`
+  `(params), -hp.alpha, tree.normalize(grad_h)` -> `(params), hp.alpha, tree.normalize(grad_h)`
   `-hp.alpha, tree.normalize(grad_h)` -> `-hp.alpha, grad_h`
   `value_and_grad(tampered, batches["refusal"], rng_refusal)` -> `value_and_grad(params, batches["refusal"], rng_refusal)`
   `optax.tree.sub(grad_h, grad_h_after)` -> `optax.tree.sub(grad_h_after, grad_h)`

@@ -1,7 +1,7 @@
 """Booster: nulls, closed form, length of the look-ahead, order of the extra term.
 
 Mutants:
-  `params, -ctx.hp.alpha,` -> `params, ctx.hp.alpha,`
+  `(params), -ctx.hp.alpha,` -> `(params), ctx.hp.alpha,`
   `tree.sub(grad_h, grad_h_after)` -> `tree.sub(grad_h_after, grad_h)`
   `tree.normalize(grad_h)` -> `grad_h`
   `tampered, batches["harmful"]` -> `tampered, batches["alignment"]`
@@ -42,7 +42,7 @@ def test_closed_form_on_quadratics():
 def test_reduces_to_sft(null):
     """B1. Catches a term outside the factors, and a second harmful batch."""
     grads, _ = common.directed(booster, booster.Hparams(**null), DATA)
-    common.close(grads, common.sft_gradient(DATA["alignment"]), atol=1e-15)
+    common.equal(grads, common.sft_gradient(DATA["alignment"]))
 
 
 def test_the_extra_term_is_a_hessian_product():

@@ -1,7 +1,7 @@
 """CTRAP: X1 and the identities of its section.
 
 Mutants:
-  `params, -alpha, move` -> `params, alpha, move`
+  `(params), -alpha, move` -> `(params), alpha, move`
   `tree.normalize(grad) if normalize` -> `grad if normalize`
   `grad_f, hp.lam, grad_collapse` -> `grad_f, 1.0, grad_collapse`
   `collapse_loss(w, retain, rng_collapse)` -> `collapse_loss(w, harmful, rng_collapse)`
@@ -31,7 +31,7 @@ def collapse_gradient(weights, token):
 def test_reduces_to_sft():
     """lam = 0. Catches a collapse term that lam does not scale."""
     grads, _ = common.directed(ctrap, ctrap.Hparams(lam=0.0), DATA)
-    common.close(grads, common.sft_gradient(DATA["retain"]))
+    common.equal(grads, common.sft_gradient(DATA["retain"]))
 
 
 def test_without_a_step_it_collapses_in_place():

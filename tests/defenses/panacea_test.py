@@ -3,7 +3,7 @@
 Mutants:
       `grads, -hp.lam, gain` -> `grads, hp.lam, gain`
       `tree.normalize(grad_h)` -> `tree.normalize(grads)`
-      `params, 1.0, eps` -> `params, -1.0, eps`
+      `(params), 1.0, eps` -> `(params), -1.0, eps`
       `h_after <= hp.cap` -> `h_after >= hp.cap`
       `, 0) - now` -> `, now) - now`
       `state.hp.post, state.memory` -> `-state.hp.post, state.memory`
@@ -45,16 +45,16 @@ def run(hp):
 
 
 def test_lam_zero_is_sft():
-    """To rounding, at any rho. Catches a term that lam does not scale."""
+    """Exact, at any rho. Catches a term that lam does not scale."""
     grads, _, eps = run(panacea.Hparams(lam=0.0))
-    toys.close(grads, toys.sft_gradient(DATA["user"]), rtol=1e-12, atol=1e-14)
+    toys.same(grads, toys.sft_gradient(DATA["user"]))
     assert tree.norm(eps) > 0
 
 
 def test_rho_zero_is_sft():
     """At any lam: nothing is gained where nothing moves. Catches a lone grad h."""
     grads, _, eps = run(panacea.Hparams(lam=3.0, rho=0.0))
-    toys.close(grads, toys.sft_gradient(DATA["user"]))
+    toys.same(grads, toys.sft_gradient(DATA["user"]))
     toys.same(eps, zeros())
 
 

@@ -49,7 +49,7 @@ def test_all_layers_drawn_is_vaccine():
     expected, _ = common.directed(
         vaccine, vaccine.Hparams(rho=2.0), {"alignment": DATA["alignment"]}
     )
-    common.close(grads, expected)
+    common.equal(grads, expected)
 
 
 def test_parts_of_a_batch_are_the_batch():

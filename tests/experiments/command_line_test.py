@@ -24,6 +24,8 @@ from .conftest import ROOT
         (["--set=attack.stepz=2"], ["'stepz'", "did you mean 'steps'"]),
         (["--preset=smal"], ["unknown preset", "'small'"]),
         (["--seeds=one"], ["--seeds=one", "whole numbers"]),
+        (["--seeds=0,-1"], ["--seeds=0,-1", "whole numbers"]),
+        (["--seeds="], ["--seeds=", "whole numbers"]),
         (["--benign=x.jsonl"], ["--benign goes with --model"]),
         (["--wrappers=prefil"], ["unknown wrapper 'prefil'", "'prefill'"]),
         (["--model=nowhere"], ["--model needs --harmful"]),

@@ -92,6 +92,22 @@ def test_what_is_exported_is_what_was_released(call, tmp_path, folder):
     assert (out / "tokenizer.json").is_file()
 
 
+def test_held_out_rows_are_cut_as_asked_and_edits_have_no_curves(
+    call, tmp_path, folder
+):
+    """Catches a long held-out row that ends a run, or passes untold, and an empty plot."""
+    rows = [{**row, "response": 30 * "long "} for row in pairs("held")]
+    long = write(tmp_path / "long.jsonl", rows)
+    more = ["--defense=none", "--attack=quantise", f"--heldout_benign={long}"]
+    done = call("run.py", *flags(tmp_path, folder, *more))
+    assert done.returncode == 2 and "pass --truncate" in done.stderr
+    assert not (tmp_path / "w").exists()
+    done = call("run.py", *flags(tmp_path, folder, *more, "--truncate"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "w" / "report.html").is_file()
+    assert not (tmp_path / "w" / "curves.png").exists()
+
+
 def test_lox_without_its_weights_says_which_flag(call, tmp_path, folder):
     """Catches a failure after training, and one that names no flag."""
     done = call(

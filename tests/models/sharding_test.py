@@ -71,10 +71,11 @@ def test_too_few_devices_are_named():
 PROGRAM = """
 import pathlib, tempfile
 import jax, jax.numpy as jnp, numpy as np
+from ftdefense.attacks import sft
 from ftdefense.core import types
 from ftdefense.models import sharding, transformer
 from ftdefense.objectives import losses
-from ftdefense.training import checkpoint, stages
+from ftdefense.training import checkpoint, loop, stages
 
 assert len(jax.devices()) == 8
 model = transformer.LanguageModel(
@@ -110,6 +111,28 @@ for found in (stages.given(host, place).params, read):
     up = found["layers"]["mlp"]["up"]["kernel"]
     assert up.addressable_shards[0].data.size * 4 == up.size
     jax.tree.map(np.testing.assert_array_equal, found, host)
+alone = checkpoint.load_params(folder, jax.eval_shape(model.init, jax.random.key(0)))
+checkpoint.save_params(folder, stages.given(host, place).params)
+spread = checkpoint.load_params(folder, jax.eval_shape(model.init, jax.random.key(0)))
+for found in (alone, spread):
+    assert {len(x.devices()) for x in jax.tree.leaves(found)} == {1}
+    jax.tree.map(np.testing.assert_array_equal, found, host)
+beside = sharding.beside(read, {"rows": np.zeros((4, 3)), "odd": np.zeros((3, 3))})
+assert beside["rows"].addressable_shards[0].data.shape == (2, 3)
+assert isinstance(beside["odd"], np.ndarray)
+method = sft.method(model)
+hp = sft.PRESETS["sandbox"].hp
+lineage = types.Lineage(stages.given(host, place).params)
+state = loop.init(method, lineage, hp, jax.random.key(0), 4, placement=place)
+for moment in jax.tree.leaves(state.opt_state):
+    if moment.ndim == 3:
+        assert moment.addressable_shards[0].data.size * 4 == moment.size
+rows = place.batches({"user": jax.tree.map(lambda x: np.asarray(x)[None], batch)})
+for first in range(2):
+    state, _ = loop.run_chunk(
+        method.step, False, state, lineage, rows, jax.random.key(1), jnp.int32(first), place
+    )
+    assert loop.run_chunk._cache_size() == 1, first
 odd = {"mlp": {"up": {"kernel": jnp.zeros((3, 4))}}}
 specs = sharding.shardings(odd, sharding.mesh(fsdp=2, tensor=2))
 assert tuple(specs["mlp"]["up"]["kernel"].spec) == (None, "tensor")
@@ -119,7 +142,8 @@ jax.device_put(odd, specs)
 
 def test_sharded_loss_and_gradient_equal_those_of_one_device():
     """Catches a rule that shards an axis twice, odd axes that are sharded all the
-    same, a norm or softmax over a part of its axis, and weights of a user's or of a
-    finished stage that lie on one device first.
+    same, a norm or softmax over a part of its axis, weights of a user's or of a
+    finished stage that lie on one device first, moments that lie on all, a second
+    program for the second chunk, and a stage that fewer devices cannot read.
     """
     on_eight_devices("-c", PROGRAM)
