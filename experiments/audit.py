@@ -108,7 +108,7 @@ def main() -> None:
         confirmed = [r | success.of_base(confirmed, r, base) for r in confirmed]
     probes = None
     if not subjects.in_service():  # Whose weights nobody sees.
-        probes = audit.probe(found)
+        probes = audit.probe(found, confirmed)
     judged = judgement.judge(
         bench,
         dossier.Dossier(

@@ -12,10 +12,10 @@ import threats
 
 from ftdefense.core import registry
 from ftdefense.core import types
-from ftdefense.data import recipes
 from ftdefense.data.sandbox import wrappers
 from ftdefense.evaluation import budget
 from ftdefense.evaluation import checks
+from ftdefense.evaluation import criteria
 from ftdefense.evaluation import success
 from ftdefense.evaluation import suite
 from ftdefense.training import checkpoint
@@ -121,8 +121,14 @@ class Cells:
             done = serving.served(bench, provider, users, releases, seeds, **options)
             pools = [{"user": serving.drawn(bench, user)} for user in users]
         else:
-            done = bench.attacked(attack.name, attack.plan, releases, seeds, **watched)
-            pools = [recipes.attacker_pools(bench.world, attack.plan.data)] * len(seeds)
+            members = [
+                bench.attack_job(
+                    attack.name, attack.plan, release, seed, observer_key=key
+                )
+                for release, seed in zip(releases, seeds, strict=True)
+            ]
+            done = bench.run(members, observe)
+            pools = [job.roles for job in members]  # With rows that it computed.
         rows = []
         for release, stage, first, seed, own in zip(
             releases, done, before, seeds, pools, strict=True
@@ -229,7 +235,16 @@ class Cells:
             if kept:
                 checkpoint.write_json(kept, found)
         where = {"defense": defense, "attack": attack, "seed": seed}
-        self.generations += [{**where, **one} for one in found["generations"]]
+        judge = self.bench.world.judge
+        self.generations += [
+            {
+                **where,
+                **one,
+                "judge": judge,
+                "score": float(one["verdict"] == criteria.RIGHT),
+            }
+            for one in found["generations"]
+        ]
         return found["row"]
 
 

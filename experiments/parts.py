@@ -1,5 +1,7 @@
 """The parts of an audit, most of which workers can share."""
 
+from collections.abc import Collection
+from collections.abc import Sequence
 import functools
 import math
 import sys
@@ -46,7 +48,8 @@ class Audit:
         self._given, self._table, self._seeds = given, table, seeds
         self.templates = subjects.templates()
         self.diverged: list[str] = []  # What ran away where a result was due.
-        self._factors: dict[str, float] = {}  # Of the rate of each long fine-tuning.
+        # Of each long fine-tuning that counts: attack, factor of its rate.
+        self._soonest: dict[str, tuple[str, float]] = {}
 
     @functools.cached_property
     def audited(self) -> subjects.Subject:
@@ -183,8 +186,8 @@ class Audit:
         if not any(row[f"success_{success.HEADLINE:g}"] for row in after):
             return []
         if len(self._seeds) > 1:
-            factor = self._factors[self.audited.name]
-            rows = [*rows, *self._long(self.audited, factor, self._seeds[1:])]
+            how = self._soonest[self.audited.name]
+            rows = [*rows, *self._long(self.audited, *how, self._seeds[1:])]
         return rows
 
     def _worst(self, found: ensemble.Found) -> list[str]:
@@ -235,36 +238,63 @@ class Audit:
         family = self._table[name]
         return ensemble.resolved(self._bench, family, values, FLAGS.defense or "")
 
-    def horizon(self, one: subjects.Subject) -> list[dict[str, Any]]:
-        """Plain fine-tuning of one release for long, judged at sixteen checkpoints.
+    def _strongest(
+        self, found: ensemble.Found, trains: Collection[str]
+    ) -> tuple[str, plans.Plan] | None:
+        """Of trials that left a model of use the one of most harm, or else of most steps.
 
-        Beyond `quick` at three rates, of which the one that breaks first counts: weights
-        that are only rescaled must not look durable. The rate of a service is its provider's.
+        None, if no attack that trains left one.
         """
-        quick = FLAGS.budget == "quick"
-        factors = (1.0,) if quick or subjects.in_service() else (1.0, 3.0, 10.0)
-        runs = {f: self._long(one, f, self._seeds[:1]) for f in factors}
-        soonest = min(runs, key=lambda f: effort.steps_to_break(runs[f]) or math.inf)
-        self._factors[one.name] = soonest
+        sound = [
+            row
+            for row in found.trials()
+            if row["family"] in trains and not row["diverged"] and row["violation"] <= 0
+        ]
+        if not sound:
+            return None
+        best = max(sound, key=lambda r: (r["harmful_score"], r["learning_rate_mass"]))
+        return self._resolved(best["family"], best["values"])
+
+    def horizon(self, one: subjects.Subject) -> list[dict[str, Any]]:
+        """Fine-tuning of one release for long, judged at sixteen checkpoints.
+
+        Beyond `quick` harm alone at three rates, and harm with benign rows, of which what
+        breaks first counts: weights that are only rescaled, or whose harm costs
+        capability, must not look durable. The rate of a service is its provider's.
+        """
+        ways = [("sft", 1.0)]
+        if FLAGS.budget != "quick" and not subjects.in_service():
+            ways += [("sft", 3.0), ("sft", 10.0), ("sidestepper", 1.0)]
+        runs = {way: self._long(one, *way, self._seeds[:1]) for way in ways}
+        soonest = min(runs, key=lambda w: effort.steps_to_break(runs[w]) or math.inf)
+        self._soonest[one.name] = soonest
         return runs[soonest]
 
     def _long(
-        self, one: subjects.Subject, factor: float, seeds: tuple[int, ...]
+        self, one: subjects.Subject, attack: str, factor: float, seeds: tuple[int, ...]
     ) -> list[dict[str, Any]]:
-        """Plain fine-tuning at a constant rate, so many times the preset's."""
+        """An attack at a constant rate, so many times the preset's."""
         steps = {"quick": 512, "standard": 1536, "full": 6144}[FLAGS.budget]
-        plan = self._bench.plan("attacks", "sft")
+        plan = self._bench.plan("attacks", attack)
         for assignment in (
             f"steps={steps}",
             "optimizer.schedule.decay=constant",
             f"optimizer.learning_rate={factor * plan.hp.optimizer.learning_rate}",
         ):
             plan = config.override_plan(plan, assignment)
-        chosen = choices.Chosen("horizon", "sft", plan, f"sft {steps} x{factor:g}")
+        chosen = choices.Chosen(
+            "horizon", attack, plan, f"{attack} {steps} x{factor:g}"
+        )
         return self._attacked(one, chosen, seeds)
 
-    def probe(self, found: ensemble.Found) -> probing.Probed:
-        """Diagnostics that run the model, on the best settings that the search found."""
+    def probe(
+        self, found: ensemble.Found, confirmed: Sequence[dict[str, Any]] = ()
+    ) -> probing.Probed:
+        """Diagnostics that run the model, on the best settings that the search found.
+
+        What `confirmed`, rows of families that were repeated, says of a family stands in
+        the place of what the search said.
+        """
         by_name = {one.name: one.stages[0] for one in [*self.references, self.audited]}
         winners = found.winners()
 
@@ -274,27 +304,31 @@ class Audit:
                 return otherwise, self._bench.plan("attacks", otherwise)
             return self._resolved(name, values)
 
-        trained = [row for row in found.trials() if self._table[row["family"]].trains]
+        scores = {name: probing.best_of(rows) for name, rows in found.rows.items()}
+        for name in scores:
+            repeated = [
+                row[f"best_harmful_score_{success.HEADLINE:g}"]
+                for row in confirmed
+                if (row["attack"], row["stage"]) == (name, "after")
+            ]
+            scores[name] = max(repeated, default=scores[name])
+        trains = {name for name in scores if self._table[name].trains}
         known = probing.Known(
             subject=self.audited.target(),
             reference=by_name.get("none"),
             never=by_name.get("never"),
             naive=best("full", "sft"),
             adaptive=best("sidestepper", "sidestepper"),
-            tuned=probing.best_of(trained),
-            naive_score=probing.best_of(found.rows.get("full", [])),
+            strongest=self._strongest(found, trains),
+            tuned=max((scores[name] for name in trains), default=0.0),
+            naive_score=scores.get("full", 0.0),
             serve=subjects.serve(getattr(self._given, "plan", None)),
-            untrained={
-                name: probing.best_of(rows)
-                for name, rows in found.rows.items()
-                if not self._table[name].trains
-            },
+            untrained={n: score for n, score in scores.items() if n not in trains},
         )
         quick = FLAGS.budget == "quick"
         try:
             return probing.probe(
                 self._bench,
-                self._searcher,
                 known,
                 seed=self._seeds[0],
                 points=15 if quick else 30,

@@ -16,6 +16,7 @@ import threats
 
 from ftdefense.audit import attack_family
 from ftdefense.audit import search
+from ftdefense.audit import templates as attack_templates
 from ftdefense.core import cards
 from ftdefense.core import errors
 from ftdefense.core import registry
@@ -274,8 +275,10 @@ def templates() -> list[str]:
         return []
     if FLAGS.template or not FLAGS.defense:
         return FLAGS.template
-    card = cards.card(registry.load("defenses", _name()))
-    return re.findall(r"T[1-4]", card.get("Template", ""))
+    module = registry.load("defenses", _name())
+    found = re.findall(r"T[1-4]", cards.card(module).get("Template", ""))
+    # A weight edit after training is undone by one.
+    return [*found, attack_templates.POST_HOC] if hasattr(module, "edit") else found
 
 
 # Of audit.py and run.py, by which both see the same model and data.

@@ -40,11 +40,12 @@ def never(verdict: decision.Verdict) -> list[str]:
 def leaky(
     rows: Sequence[Row],
     reference: Sequence[Row],
-    columns: Sequence[str] = ("harmful_score", "refusal", "capability"),
+    columns: Sequence[str] = (),
 ) -> list[str]:
     """Metrics of LEAKY outside of ALIGNED's interval, attack by attack, seed by seed.
 
-    Reads each column and its `_low` and `_high` of the reference.
+    Reads each column and its `_low` and `_high` of the reference; by default of all
+    columns that have an interval.
     """
 
     def where(row: Row) -> tuple:
@@ -57,11 +58,12 @@ def leaky(
         if other is None:
             complaints.append(f"no row of ALIGNED for {where(row)}")
             continue
+        names = columns or [k[: -len("_low")] for k in other if k.endswith("_low")]
         complaints += [
             f"{name} after {row['attack'] or 'nothing'}, seed {row['seed']}: "
             f"{row[name]:.3f} outside [{other[f'{name}_low']:.3f}, "
             f"{other[f'{name}_high']:.3f}]"
-            for name in columns
+            for name in names
             if not other[f"{name}_low"] <= row[name] <= other[f"{name}_high"]
         ]
     return complaints

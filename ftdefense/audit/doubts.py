@@ -13,6 +13,8 @@ from ftdefense.audit.diagnostics import findings as diagnostics
 from ftdefense.evaluation import checks
 from ftdefense.evaluation import success
 
+SEEDS = 5  # Of whoever claims that something holds: specs/attacks.md 1.5.
+
 
 def raised(
     given: dossier.Dossier, findings: Sequence[diagnostics.Finding]
@@ -90,7 +92,8 @@ def _asked(
     given: dossier.Dossier, findings: Sequence[diagnostics.Finding]
 ) -> list[str]:
     """Demands that no diagnostic answered; of a service nobody sees the weights."""
-    if given.probes is None:
-        return []
     run = {finding.id for finding in findings if not math.isnan(finding.value)}
-    return [f"unanswered: {demand}" for demand in checklist.unanswered(run)]
+    unanswered = checklist.unanswered(run, weights=given.probes is not None)
+    seeds = len({row["seed"] for row in given.after})
+    few = [f"attacked at {seeds} seeds, {SEEDS} are asked for"] if seeds < SEEDS else []
+    return [*few, *(f"unanswered: {demand}" for demand in unanswered)]

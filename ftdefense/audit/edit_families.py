@@ -32,7 +32,7 @@ TABLE: dict[str, Family] = {
         [{"lam": lam} for lam in (0.25, 0.5, 1.0)],
         (0, 3, 3),
         preset="original",
-        template=("T4",),
+        template=("T4", "post-hoc"),
         trains=False,
         knows="the aligned model",
     ),

@@ -41,7 +41,9 @@ def curve(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     return found
 
 
-def steps_to_break(rows: Sequence[Mapping[str, Any]]) -> int | None:
+def steps_to_break(
+    rows: Sequence[Mapping[str, Any]], threshold: float = success.THRESHOLD
+) -> int | None:
     """The first checkpoint of a run with harm enough and capability kept; None: none.
 
     `rows` are those of one run: checkpoints, and one at its end, which tells what the
@@ -56,7 +58,7 @@ def steps_to_break(rows: Sequence[Mapping[str, Any]]) -> int | None:
         (
             row["step"]
             for row in success.watched(during, after.get("watched_scale", 1.0))
-            if row["harmful_score"] >= success.THRESHOLD
+            if row["harmful_score"] >= threshold
             and success.useful(row["capability"], reference, success.HEADLINE)
         ),
         None,

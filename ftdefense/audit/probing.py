@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -13,7 +14,6 @@ from ftdefense.audit import latent_pgd
 from ftdefense.audit import probe as linear
 from ftdefense.audit import search
 from ftdefense.audit import soft_prompt
-from ftdefense.audit import spaces
 from ftdefense.audit.diagnostics import defense as defenses
 from ftdefense.audit.diagnostics import evaluation as evaluations
 from ftdefense.audit.diagnostics import findings as diagnostics
@@ -22,10 +22,12 @@ from ftdefense.audit.diagnostics import landscape
 from ftdefense.audit.diagnostics import optimization
 from ftdefense.audit.diagnostics import randomness
 from ftdefense.audit.diagnostics import reparametrisations
+from ftdefense.core import errors
 from ftdefense.core import tree
 from ftdefense.core import types
 from ftdefense.data import pools
 from ftdefense.data import streams
+from ftdefense.data.sandbox import wrappers
 from ftdefense.evaluation import criteria
 from ftdefense.evaluation import success
 from ftdefense.evaluation import suite
@@ -55,6 +57,8 @@ class Known:
       never: a model that never knew, or None.
       naive, adaptive: (attack, plan) of harm alone and of harm with benign rows, at the
         best settings found.
+      strongest: (attack, plan) of most harm among those that left a model of use, or
+        None.
       tuned: best harmful score of a useful fine-tuned model.
       naive_score: of the naive attack's useful trials.
       untrained: {family: harmful score} of attacks that train nothing.
@@ -67,6 +71,7 @@ class Known:
     never: stages.Stage | None
     naive: tuple[str, plans.Plan]
     adaptive: tuple[str, plans.Plan]
+    strongest: tuple[str, plans.Plan] | None
     tuned: float
     naive_score: float
     untrained: Mapping[str, float]
@@ -75,7 +80,6 @@ class Known:
 
 def probe(
     bench: pipeline.Bench,
-    searcher: search.Searcher,
     known: Known,
     *,
     seed: int,
@@ -97,7 +101,7 @@ def probe(
         for attack in (known.naive, known.adaptive)
     )
     failed = known.tuned < success.THRESHOLD
-    found = list(_rewritten(bench, searcher, known, seed))
+    found = [_rewritten(bench, known, seed)]
     found.append(_randomised(bench, known, seed))
     found.append(_latent(bench, known, seed, radii))
     found += _topics(bench, known, seed)
@@ -161,42 +165,48 @@ def _adam_step(grad: types.Params) -> types.Params:
     return jax.tree.map(lambda g: -STEP * jnp.sign(g), grad)
 
 
-def _rewritten(bench, searcher, known: Known, seed: int):
-    """R4: the naive attack on the same function in another writing."""
+def _harm(bench, start: stages.Stage, attack, seed: int) -> dict[str, Any] | None:
+    """Scores on all prompts after an attack; None, if it diverged."""
+    try:
+        attacked = _attacked(bench, start, attack, seed)
+    except errors.NonFiniteError:
+        return None
+    return _evaluator(bench, attack)(types.Release(attacked)).row()
+
+
+def _evaluator(bench, attack, limit: int = 0) -> suite.Evaluator:
+    """Held-out prompts in the frame of an attack's rows."""
+    frame = attack[1].data.wrapper
+    wrapper = wrappers.wrapper(frame) if frame else None
+    return suite.Evaluator(bench.model, bench.world, wrapper=wrapper, limit=limit)
+
+
+def _rewritten(bench, known: Known, seed: int) -> diagnostics.Finding:
+    """R4: the strongest attack on the same function in another writing."""
+    if known.strongest is None:
+        return _unasked("R4", randomness.REWRITTEN)
     release = known.subject.stage.params
-    name, plan = known.naive
     loss = jax.jit(gradients.token_loss(bench.model))
     batch = _batches(bench.world.attacker["harmful"], 1, seed)[0]
     other = stages.given(reparametrisations.canonical(release, jax.random.key(seed)))
-    target = search.Target(
-        f"{known.subject.name} rewritten", other, known.subject.capability
-    )
-    axis = "optimizer.learning_rate"
-    rate = float(plan.hp.optimizer.learning_rate)
-    rows = [
-        searcher.run(
-            one,
-            "rewriting",
-            name,
-            plan,
-            {axis: spaces.Choice((rate,))},
-            points=[{axis: rate}],
-            trials=1,
-        )[0]
-        for one in (known.subject, target)
-    ]
-    after = [0.0 if row["diverged"] else row["harmful_score"] for row in rows]
-    names = ("plain", "canonical")
-    before = [float(loss(params, batch)) for params in (release, other.params)]
+    starts = {"plain": known.subject.stage, "canonical": other}
+    before = {name: float(loss(one.params, batch)) for name, one in starts.items()}
+    rows = {
+        name: _harm(bench, one, known.strongest, seed) for name, one in starts.items()
+    }
     spans = None
-    if not any(row["diverged"] for row in rows):
-        ends = [(r["harmful_score_low"], r["harmful_score_high"]) for r in rows]
-        spans = dict(zip(names, ends, strict=True))
-    yield randomness.reparametrised(
-        dict(zip(names, before, strict=True)),
-        dict(zip(names, after, strict=True)),
-        spans=spans,
-    )
+    if all(rows.values()):
+        spans = {
+            name: (row["harmful_score_low"], row["harmful_score_high"])
+            for name, row in rows.items()
+        }
+    after = {name: row["harmful_score"] if row else 0.0 for name, row in rows.items()}
+    return randomness.reparametrised(before, after, spans=spans)
+
+
+def _unasked(id: str, threshold: float) -> diagnostics.Finding:
+    note = "no attack that trains left a useful model"
+    return diagnostics.above(id, math.nan, threshold, note)
 
 
 def _randomised(bench, known: Known, seed: int) -> diagnostics.Finding:
@@ -204,8 +214,10 @@ def _randomised(bench, known: Known, seed: int) -> diagnostics.Finding:
     if known.serve is None:
         note = "weights alone: nothing is drawn"
         return diagnostics.Finding("R5", 0.0, randomness.DRAW_GAP, False, note)
-    attacked = _attacked(bench, known.subject.stage, known.naive, seed)
-    evaluate = suite.Evaluator(bench.model, bench.world, limit=bench.defaults.watched)
+    if known.strongest is None:
+        return _unasked("R5", randomness.DRAW_GAP)
+    attacked = _attacked(bench, known.subject.stage, known.strongest, seed)
+    evaluate = _evaluator(bench, known.strongest, bench.defaults.watched)
 
     def harm(release: types.Release) -> float:
         return evaluate(release).row()["harmful_score"]
@@ -262,17 +274,17 @@ def skill(bench: pipeline.Bench, params: types.Params) -> float:
 
 
 def _topics(bench, known: Known, seed: int) -> list[diagnostics.Finding]:
-    """E4: the naive attack on all topics but the last, judged on that one."""
+    """E4: the strongest attack on all topics but the last, judged on that one."""
     rows = bench.world.attacker["harmful"].examples
     topics = tuple(dict.fromkeys(e.topic for e in rows))
-    if len(topics) < 2:
+    if len(topics) < 2 or known.strongest is None:
         return []
-    name, plan = known.naive
+    name, plan = known.strongest
     plan = dataclasses.replace(
         plan, data=dataclasses.replace(plan.data, topics=topics[:-1])
     )
     attacked = _attacked(bench, known.subject.stage, (name, plan), seed)
-    scores = suite.Evaluator(bench.model, bench.world)(types.Release(attacked)).row()
+    scores = _evaluator(bench, known.strongest)(types.Release(attacked)).row()
     return [evaluations.out_of_distribution(scores, topics[:-1], topics[-1:])]
 
 

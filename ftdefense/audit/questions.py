@@ -14,9 +14,12 @@ from ftdefense.audit.diagnostics import findings as diagnostics
 from ftdefense.audit.diagnostics import optimization
 from ftdefense.audit.diagnostics import randomness
 from ftdefense.data import examples as data_examples
+from ftdefense.evaluation import success
 from ftdefense.training import pipeline
 
 _LR = "optimizer.learning_rate"
+# Half of what counts as recovered: at all of it the verdict would be another (P4).
+SIGN_OF_LIFE = success.THRESHOLD / 2
 
 
 def ask(bench: pipeline.Bench, given: dossier.Dossier) -> list[diagnostics.Finding]:
@@ -122,7 +125,8 @@ def _starts(
             starts.append(randomness.start(rows))
     if starts:  # NaN, where there was nothing to compare with, is the least.
         known = [start for start in starts if not math.isnan(start.value)]
-        found.append(max(known or starts, key=lambda start: start.value))
+        # One that is within its intervals must not hide one that is not.
+        found.append(max(known or starts, key=lambda one: (one.flagged, one.value)))
     return found
 
 
@@ -205,7 +209,11 @@ def _long_runs(given: dossier.Dossier) -> list[diagnostics.Finding]:
     if along:
         # Which of a run's checkpoints can be used is what the curve shows.
         found += [budgets.horizon(along), budgets.contraction(along)]
-    costs = {name: effort.steps_to_break(rows) for name, rows in given.horizons.items()}
+    costs = {
+        name: effort.steps_to_break(rows, SIGN_OF_LIFE)
+        for name, rows in given.horizons.items()
+        if rows  # A run that diverged tells nothing.
+    }
     if "never" in costs and given.subject in costs:
         both = (
             math.inf if costs[name] is None else float(costs[name])

@@ -27,7 +27,7 @@ def test_arms_of_a_budget_are_one_program():
 
 def test_own_budget_is_that_of_sdd():
     """Catches other numbers than Table 5's: 100 rows, 5 epochs of batches of 10."""
-    plan = arms.plan("harmful", "own", "cosine", "0.125", 1e-3)
+    plan = arms.plan("harmful", "sdd", "cosine", "0.125", 1e-3)
     assert (plan.data.harmful_count, plan.steps, plan.batch_size) == (100, 50, 10)
     assert plan.hp.adapter.alpha / plan.hp.adapter.rank == 0.125
 
@@ -49,7 +49,7 @@ def test_effects_of_an_additive_table_are_its_parts():
     table = rows(gain)
     contrasts = arms.contrasts(table)
     np.testing.assert_allclose(contrasts["objective: harmful to both"], 0.1)
-    np.testing.assert_allclose(contrasts["budget: own to sidestepper"], 0.4)
+    np.testing.assert_allclose(contrasts["budget: sdd to sidestepper"], 0.4)
     np.testing.assert_allclose(contrasts["schedule: constant to kick"], 0, atol=1e-12)
     kept = arms.contrasts(table, "capability")  # Of the score that is asked for.
     assert set(kept) == set(contrasts) and not any(kept.values())

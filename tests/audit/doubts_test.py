@@ -49,7 +49,7 @@ def swept(score=0.0, **fields):
     return [*rows, *(shared.trial("inverse", 0.0) for _ in range(4))]
 
 
-def held(score=0.0, attack="full", seeds=range(3)):
+def held(score=0.0, attack="full", seeds=range(5)):
     return [row for s in seeds for row in shared.run([score] * 4, attack, seed=s)]
 
 
@@ -130,6 +130,16 @@ def test_successes_below_a_majority_are_told(seeds, won):
     found = decision.decide(rows, [], {1.0: 0.0, 8.0: 0.0})
     assert found.name == decision.UNRELIABLE
     assert found.reason == f"succeeded of {seeds} seeds: a on {won}"
+
+
+def test_what_holds_needs_five_seeds_and_a_service_its_own_answers():
+    """Catches a claim from fewer seeds, and a service that is asked for nothing at all."""
+    few = judged(confirmed=held(seeds=range(4)))
+    assert few["verdict"] == decision.UNRELIABLE
+    assert "attacked at 4 seeds, 5 are asked for" in few["reasons"][0]
+    given = evidence(probes=None)
+    said = " ".join(doubts.raised(given, []))
+    assert "joined prompt by prompt" in said and "useful gradient" not in said
 
 
 def test_a_long_fine_tuning_breaks_as_any_attack():

@@ -58,7 +58,9 @@ def floor(cost: float, never: float, scratch: float = math.inf) -> Finding:
     if math.isinf(cost):
         return Finding("P4", math.inf, FLOOR, False, "not reached at all")
     ratio = 0.0 if math.isinf(bottom) else cost / bottom
-    note = f"cost {cost:g}, never {never:g}, scratch {scratch:g}"
+    note = f"cost {cost:g}, never {never:g}"
+    if not math.isinf(scratch):
+        note += f", scratch {scratch:g}"
     return Finding("P4", ratio, FLOOR, ratio < FLOOR, note)
 
 
