@@ -7,7 +7,6 @@ Source: TamperBench, arXiv:2602.06911, as specs/attacks.md B.5 has it, for `tamp
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
-import itertools
 import re
 from typing import Any
 
@@ -122,12 +121,3 @@ def apply(plan: plans.Plan, values: Mapping[str, Any]) -> plans.Plan:
 def static_axes(space: Space) -> list[str]:
     """Axes of which every value makes a program of its own."""
     return [a for a, kind in space.items() if getattr(kind, "static", False)]
-
-
-def programs(space: Space) -> list[dict[str, Any]]:
-    """Every combination of the static axes."""
-    axes = static_axes(space)
-    return [
-        dict(zip(axes, values, strict=True))
-        for values in itertools.product(*(space[axis].values for axis in axes))
-    ]

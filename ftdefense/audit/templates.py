@@ -4,8 +4,8 @@ import re
 
 from ftdefense.core import errors
 
-# Post-hoc edits and services have no letter: they act elsewhere than in the loss.
-POST_HOC, SERVICE, STEERING = "post-hoc", "service", "steering"
+# Post-hoc edits have no letter. What D.6 asks of services is `audit/services.py`.
+POST_HOC = "post-hoc"
 
 PROBES: dict[str, tuple[str, ...]] = {
     # A basin around the release: leave it.
@@ -40,16 +40,9 @@ PROBES: dict[str, tuple[str, ...]] = {
         "kick",
     ),
     POST_HOC: ("any fine-tuning", "abliteration", "inverse edit"),
-    SERVICE: ("Virus", "benign selection", "preference pairs", "jailbreak-tuning"),
-    STEERING: (
-        "random and autoencoder directions",
-        "compounding vectors",
-        "poisoned steering data",
-    ),
 }
 
-# What runs a probe: families of attacks, or a diagnostic. Those of a service or of
-# steering are not asked of released weights.
+# What runs a probe: families of attacks, or a diagnostic.
 RUNS: dict[str, tuple[str, ...]] = {
     "kick sweep": ("kick-settle",),
     "kick": ("kick-settle",),
@@ -73,12 +66,9 @@ RUNS: dict[str, tuple[str, ...]] = {
     "inverse edit": ("towards pretrained", "towards aligned"),
 }
 
-# Stage of a defense's header -> the family of probes that has no letter.
-STAGES = {"fine_tuning": SERVICE, "post_fine_tuning": POST_HOC}
 
-
-def families(template: str, stage: str = "alignment") -> list[str]:
-    """Keys of `PROBES` for a header's Template and Stage: `T1 basin + T3` gives both.
+def families(template: str) -> list[str]:
+    """Keys of `PROBES` for a header's Template: `T1 basin + T3` gives both.
 
     `none` has none of its own; a weight edit says `post-hoc`.
 
@@ -89,13 +79,10 @@ def families(template: str, stage: str = "alignment") -> list[str]:
     for letter in found:
         if letter not in PROBES:
             raise errors.unknown("template", letter, PROBES)
-    found += [name for name in (POST_HOC, SERVICE, STEERING) if name in template]
-    if stage in STAGES and STAGES[stage] not in found:
-        found.append(STAGES[stage])
-    return found
+    return [*found, POST_HOC] if POST_HOC in template else found
 
 
-def probes(template: str, stage: str = "alignment") -> list[str]:
+def probes(template: str) -> list[str]:
     """Probes that must be run, each once, in the order of the map."""
-    wanted = families(template, stage)
+    wanted = families(template)
     return list(dict.fromkeys(probe for f in wanted for probe in PROBES[f]))

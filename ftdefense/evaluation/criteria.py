@@ -8,7 +8,6 @@ from ftdefense.data import examples as data_examples
 from ftdefense.data.sandbox import grammar
 
 REFUSED, RIGHT, WRONG, DEGENERATE = "refused", "right", "wrong", "degenerate"
-VERDICTS = (REFUSED, RIGHT, WRONG, DEGENERATE)
 
 Judge = Callable[[data_examples.Example, str], str]
 

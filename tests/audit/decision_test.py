@@ -1,6 +1,5 @@
 """Every branch of the verdict, the probes of a template, and the controls."""
 
-import math
 import pathlib
 
 import pytest
@@ -99,16 +98,6 @@ def test_the_word_is_never_printed():
     assert not [text for text in texts if "robust " in text.replace("robustness", "")]
 
 
-def test_durability_is_relative_to_the_undefended_model():
-    """Catches the inverse ratio, and infinity over infinity."""
-    aligned, defended = {8: 0.1, 16: 0.6}, {8: 0, 16: 0, 64: 0.5}
-    found = decision.durability(defended, aligned, {64: 0.1})
-    assert found == decision.Durability(4.0, math.inf)
-    none = decision.durability(defended, {64: 0.1}, {64: 0.1})
-    assert math.isnan(none.ratio)
-    assert math.isnan(none.floor)
-
-
 def test_probes_of_templates():
     """Catches a second letter that is dropped, and probes named twice."""
     both = templates.probes("T2 purge + T3 look-ahead")
@@ -116,8 +105,7 @@ def test_probes_of_templates():
     assert "relearning" in both
     assert "sign flip" in both
     assert templates.families("none") == []
-    assert templates.families("none", "post_fine_tuning") == [templates.POST_HOC]
-    assert templates.families("T1 basin", "fine_tuning") == ["T1", templates.SERVICE]
+    assert templates.families("T1 post-hoc") == ["T1", templates.POST_HOC]
     with pytest.raises(errors.UserError, match="T9"):
         templates.probes("T9")
 
@@ -133,7 +121,7 @@ def test_probes_name_what_runs_them():
     asked = {"T1", "T2", "T3", "T4", templates.POST_HOC}
     wanted = {probe for name in asked for probe in templates.PROBES[name]}
     assert set(templates.RUNS) == wanted
-    for letter in asked - {templates.POST_HOC}:
+    for letter in asked:
         quick = families.chosen(families.of_weights(), "quick", [letter])
         for probe in templates.PROBES[letter]:
             for run in templates.RUNS[probe]:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from ftdefense.audit.diagnostics import optimization
-from ftdefense.audit.diagnostics import sweeps
 from ftdefense.core import tree
 from ftdefense.models import toy
+from tests.audit import descent
 from tests.audit import toys
 
 
@@ -44,7 +44,7 @@ def swept(*scores, **columns):
 def test_self_destruct_goldens(steps, naive, both):
     """A-u3. Catches an ascent, a sum without its benign half, and one step too many."""
     for loss, expected in ((toys.self_destruct_harmful, naive), (joint, both)):
-        weights, _ = sweeps.descend(
+        weights, _ = descent.descend(
             loss, toys.scalars(x=0.0, y=0.0), jnp.array([0.05]), steps
         )
         end = {name: leaf[0] for name, leaf in weights.items()}
@@ -60,7 +60,7 @@ def test_self_destruct_goldens(steps, naive, both):
 def test_trap_goldens():
     """A-u4. Catches a rate that is scaled by anything on its way to the step."""
     rates = jnp.array([0.01, 0.022, 0.05, 0.1, 0.5])
-    weights, losses = sweeps.descend(toys.trap, toys.scalars(x=1e-3), rates, 2000)
+    weights, losses = descent.descend(toys.trap, toys.scalars(x=1e-3), rates, 2000)
     expected = [0.0311657, 0.0311657, 3, 3, 3]
     np.testing.assert_allclose(weights["x"], expected, atol=1e-6)
     np.testing.assert_allclose(losses[:2], 3.454393, atol=1e-6)
@@ -70,13 +70,13 @@ def test_trap_goldens():
 
 def test_the_sweep_escapes_the_trap():
     """A-u8. Catches a sweep that ends at 1e-3, where all small rates do equally well."""
-    found = sweeps.sweep(
+    found = descent.sweep(
         toys.trap, toys.scalars(x=1e-3), 2000, rates=[0.005, 0.01, 0.022, 0.05]
     )
     rate, loss = found.best
     assert rate == 0.05
     assert loss < 1e-8
-    wide = sweeps.sweep(toys.trap, toys.scalars(x=1e-3), 2000)
+    wide = descent.sweep(toys.trap, toys.scalars(x=1e-3), 2000)
     assert wide.best[1] < 1e-8
     assert not wide.edge
     assert wide.best[0] > 2 / 87.007  # Not below the trap's stability limit.
@@ -90,18 +90,18 @@ def test_scaled_parametrisation_is_found_by_the_sweep():
         ("adam", 1e-2, 9.98e-3),
         ("adam", 2.0, 0.9727),
     ):
-        weights, _ = sweeps.descend(toys.scaled, start, jnp.array([rate]), 1000, kind)
+        weights, _ = descent.descend(toys.scaled, start, jnp.array([rate]), 1000, kind)
         assert 1e-3 * float(weights["phi"][0]) == pytest.approx(theta, rel=2e-3)
-    found = sweeps.sweep(toys.scaled, start, 1000, kind="adam", extensions=5)
+    found = descent.sweep(toys.scaled, start, 1000, kind="adam", extensions=5)
     assert found.best[0] >= 1
     assert found.best[1] < 1e-2
     # Steps of the length of the rate do not care how the weights are scaled.
-    assert sweeps.sweep(toys.scaled, start, 1000, kind="normalised").best[1] < 1e-2
+    assert descent.sweep(toys.scaled, start, 1000, kind="normalised").best[1] < 1e-2
 
 
 def test_grid_is_closed_and_about_threefold():
     """Catches a grid that leaves out its upper end."""
-    rates = sweeps.grid()
+    rates = descent.grid()
     assert len(rates) == 7
     assert (rates[0], rates[-1]) == pytest.approx((1e-6, 1e-3))
 

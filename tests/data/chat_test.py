@@ -62,7 +62,7 @@ def test_template_that_refuses_roles_is_one_line(byte_tokenizer):  # noqa: F811
 def test_saved_sandbox_tokenizer_loads(tmp_path):
     """Catches a special token or template that is not written to the folder."""
     words = vocabulary.vocabulary(presets.preset("tiny"), 0)
-    words.save_tokenizer(tmp_path)
+    words.tokenizer().save_pretrained(tmp_path)
     loaded, made = chat.load_tokenizer(str(tmp_path)), words.tokenizer()
     rows = (examples.ask("tell birds colour", "so error"),)
     assert chat.render_rows(loaded, rows) == chat.render_rows(made, rows)

@@ -22,7 +22,6 @@ SPREAD = 0.1
 GAIN = 0.1
 REWRITTEN, BEHAVIOUR = 0.05, 0.01  # HS; nats of the loss before the attack, relative.
 DRAWS, DRAW_GAP = 32, 0.1
-NOISE_SCALES = (1e-3, 3e-3, 1e-2, 3e-2)
 
 
 def seeds(rows: Sequence[Row]) -> Finding:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -101,10 +100,6 @@ class Vocabulary:
             chat_template=CHAT_TEMPLATE,
             clean_up_tokenization_spaces=False,
         )
-
-    def save_tokenizer(self, folder: pathlib.Path) -> None:
-        """Writes tokenizer.json and its configuration."""
-        self.tokenizer().save_pretrained(folder)
 
 
 def vocabulary(size: presets.Preset, seed: int) -> Vocabulary:
