@@ -116,13 +116,18 @@ def _warn_of_rounding(names: Sequence[str]) -> None:
 
 
 def _warn_of_scale(package: str, found: Sequence[Chosen]) -> None:
-    """Numbers that fit a quarter of a million weights need not fit a user's model."""
+    """Numbers that fit a quarter of a million weights need not fit a user's model.
+
+    Whoever sets a rate has thought of it.
+    """
+    rate, side = ".optimizer.learning_rate=", package.removesuffix("s")
+    rated = {one.partition(rate)[0] for one in FLAGS.set if rate in one}
     published = {
         one.name: [
             p for p in registry.load(package, one.name).PRESETS if p != "sandbox"
         ]
         for one in found
-        if one.recipe.endswith(":sandbox")
+        if one.recipe.endswith(":sandbox") and not {side, _stem(one.name)} & rated
     }
     named = {name: presets[0] for name, presets in published.items() if presets}
     if named:

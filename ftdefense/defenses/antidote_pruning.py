@@ -10,7 +10,7 @@ Minimises    nothing: with D the user's update of W (rows are outputs) and s_j t
 Source       Huang et al. 2024, arXiv:2408.09600; code read at git-disl/Antidote 26e2ade
              (specs: defenses_unlearning_and_traps 12.2); the score is Wanda's.
 Evidence     CODE for the rule and alpha; the defaults of the paper are UNVERIFIED.
-Licence      see the repository; rewritten from the formulas.
+Licence      no licence file found; rewritten from the formulas.
 Differs      an adapter is merged already: where the code prunes the factors A and B, each
              by its own inputs (`prune_factors`), `prune` = "update" prunes
              D = W_tuned - W_aligned.

@@ -17,7 +17,7 @@ Evidence     CODE for R_well and R_ill (jitter 1e-6 on the eigenvalues alone). D
              number n of answer tokens in a batch, and R_ill falls with it: at another n
              keep lam_retain * n^2 and lam_harmful / n^2 (the code: 3e-6 and 3e8 for a
              ViT, 5e-5 and 2e6 for a ResNet-18, batches of 64 rows).
-Licence      see the repository; rewritten from formulas.
+Licence      no licence file found; rewritten from the formulas.
 Differs      D is the number of features (in the code the width of the input, 224 for
              images); the cross-entropy is not smoothed; no preconditioner, as for the
              code's deep networks; float32 where the model is, the code takes float64.

@@ -15,7 +15,7 @@ Source       Qi et al. 2024, arXiv:2406.05946, token-wise constrained objective;
              unlearning_and_traps 10b).
 Evidence     CODE for the rule, the floor, the mean and the preset; UNVERIFIED that the
              rate decays linearly (the default of the library).
-Licence      see the repository.
+Licence      MIT.
 Differs      the reference is computed in the step, not before. Dropout stays off, as the
              code has it for both. One token mean, where the README's four processes make
              the mean of the token means of four parts.

@@ -15,7 +15,7 @@ Source       Simko et al. 2025, "Improving Large Language Model Safety with Cont
              defenses/crl (specs: unlearning_and_traps 13).
 Evidence     3P: a re-implementation, which the authors of the method advised. The paper's
              margins, 500 and 1500, are those of its own distance, which mixes in L2.
-Licence      see the repository; rewritten from the formulas.
+Licence      MIT, of TamperBench; rewritten from the formulas.
 Differs      from the paper, as TamperBench does: distance, margins, no adversarial hard
              negatives. Hidden states and KL share one pass, so one dropout mask.
 Reduces to   the KL term at alpha = beta = 0, whose gradient is 0 at the start.

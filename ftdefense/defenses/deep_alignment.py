@@ -11,7 +11,7 @@ Minimises    token-mean cross-entropy over refusals and anchors (the role `benig
 Source       Qi et al. 2024, arXiv:2406.05946, data augmentation; code read at
              Unispac/shallow-vs-deep-alignment fb1749e (specs: unlearning_and_traps 10a).
 Evidence     CODE for the rule and the preset.
-Licence      see the repository.
+Licence      MIT.
 Differs      anchors are the role's own answers, not distilled from the model where the
              stage starts. |h| counts supervised tokens, the end token among them, as in
              the code. One token mean, where the README's four processes make the mean of

@@ -15,7 +15,7 @@ Source       Cheng et al. 2025, COLING, 2025.coling-main.687; code read at
 Evidence     CODE for the loss; RECONSTRUCTION for which rows are desirable; UNVERIFIED:
              data, coefficients and tables of the paper. Report as "KTO-only (released
              code)", not as KT-IPA.
-Licence      see the repository; rewritten from the formulas.
+Licence      no licence file found; rewritten from the formulas.
 Differs      z0 is the mean over the whole batch (the code drops the result of its
              all-reduce and divides one device's mean by their number); the answer of a
              mismatched pair is cut at L.

@@ -13,7 +13,7 @@ Source       Cheng et al. 2025, COLING, 2025.coling-main.687 (specs: artifacts T
 Evidence     CODE for U; RECONSTRUCTION for the attack around it, its coefficients and
              which rows are desirable; UNVERIFIED: whatever the paper's body says.
              Report as "KT-IPA (reconstruction), stage 2 only".
-Licence      see the repository; rewritten from the formulas.
+Licence      no licence file found; rewritten from the formulas.
 Differs      the attack takes normalised gradient steps; the AdamW variant is left out.
              The model that the stage starts from is the reference.
 Reduces to   KTO on the held-out rows at gamma = lam_retain = 0, exactly; 1 + gamma times

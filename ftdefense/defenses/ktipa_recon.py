@@ -16,7 +16,7 @@ Evidence     CODE for KTO, and for the purge as TAR's; that it is KT-IPA's is in
              RECONSTRUCTION for the attack, its coefficients, the reference and which
              rows are desirable; UNVERIFIED: whatever the paper's body says. Report as
              "KT-IPA (reconstruction)".
-Licence      see the repository; rewritten from the formulas.
+Licence      no licence file found for KT-IPA; rewritten from the formulas.
 Differs      one AdamW goes through both phases, its moments too; a kick in the schedule
              gives the first phase a rate of its own. The phases are switched by loops
              of one turn or none (`methods.phases`). No AdamW attacker.

@@ -15,7 +15,7 @@ Minimises    (toward * CE(refusal; w, e) + away * U(harmful; w, e) + keep * K(be
 Source       Sheshadri et al. 2024, arXiv:2407.15549; code read at
              aengusl/latent-adversarial-training 53ac752 (specs: unlearning_and_traps 8).
 Evidence     CODE, of the jailbreak setting; the unlearning ones are not here.
-Licence      see the repository; rewritten from the formulas.
+Licence      MIT; rewritten from the formulas.
 Differs      one attack on the whole batch, and means over it: the code attacks parts of
              2 rows and sums their losses. Its LoRA leaves out the gate, as ours does.
 Reduces to   toward, away and K without a shift at epsilon = 0; with toward = away = 0

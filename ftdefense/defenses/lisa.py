@@ -11,7 +11,7 @@ Minimises    in the state `alignment` f_A(w) + rho / 2 ||w - w_U||^2, in the sta
 Source       Huang et al. 2024, arXiv:2405.18641; code read at git-disl/Lisa 68e3659
              (specs: defenses_unlearning_and_traps 11.1).
 Evidence     CODE
-Licence      see the repository; rewritten from the formulas.
+Licence      no licence file found; rewritten from the formulas.
 Differs      a batch of each role is drawn at every step, and the one that the state does
              not use is dropped; the code drops the user's alone. An anchor is kept in the
              dtype of the weights.

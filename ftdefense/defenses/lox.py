@@ -9,7 +9,7 @@ Minimises    nothing: W_aligned + alpha * P_k(W_aligned - W_pretrained) per matr
 Source       Perin et al. 2025, arXiv:2506.15606; code read at VITA-Group/LoX 9213ce6.
 Evidence     CODE for the rule and its scope (every tensor of two axes or more,
              embeddings and head included); k = 6, alpha = 1.25 for Llama-2-7B.
-Licence      see the repository; rewritten from the formula.
+Licence      no licence file found; rewritten from the formulas.
 Differs      stacked layers are split into their matrices first. Rows of a vocabulary
              that one of the two models lacks are left as they are.
 Reduces to   the identity at alpha = 0.

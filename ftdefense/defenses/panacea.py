@@ -10,7 +10,7 @@ Minimises    L(user; w) - lam * (min(h(w + eps), cap) - h(w)), with h the harmfu
 Source       Wang et al. 2025, arXiv:2501.18100; code read at w-yibo/Panacea d17b2db
              (specs: defenses_unlearning_and_traps 12.4).
 Evidence     CODE, which as shipped does not run; its script asks for the final shift.
-Licence      see the repository; rewritten from the formulas.
+Licence      no licence file found; rewritten from the formulas.
 Differs      eps is a tree of its own, in float32, no alias of the gradients. With LoRA,
              the shift is one of the factors, as in the code; but the code goes on with
              the alignment's adapter, whose B is not 0, and here a fresh one starts.

@@ -10,7 +10,7 @@ Minimises    (1 - alpha) * L(alignment; w) + alpha * L(alignment; w + v), over p
 Source       Wen et al. 2026, arXiv:2606.07970; code read at haomingwen/patcher 084e7e3
              (specs: perturbation_and_meta 4.3).
 Evidence     CODE for the rule and the defaults; UNVERIFIED: the paper's body.
-Licence      see the repository.
+Licence      no licence file found; rewritten from the formulas.
 Differs      sequential form only; the attack takes the first `attack_rows` of a batch's
              rows. v and w + v are float32. The schedule, constant in the code, runs over
              the defender's steps. The rows of the role `alignment` may hold benign pairs;

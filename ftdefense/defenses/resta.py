@@ -11,7 +11,7 @@ Source       Bhardwaj et al. 2024, arXiv:2402.11746; the code was not readable (
              defenses_unlearning_and_traps 12.3).
 Evidence     the abstract and notes for the rule. UNVERIFIED: gamma = 0.5, drop = 0.3, and
              how long the harmful fine-tuning is.
-Licence      see the repository; rewritten from the formulas.
+Licence      code not seen; rewritten from the formulas.
 Differs      `drop` = 0, the default, is RESTA; above, RESTA_d. What the fine-tuning
              started from is the aligned release. Norms and biases count as entries.
 Reduces to   the user's model at gamma = 0 and drop = 0, exactly.

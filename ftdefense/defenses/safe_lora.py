@@ -10,7 +10,7 @@ Minimises    nothing: with V = W_aligned - W_pretrained, C = V V' / ||V||_F and 
 Source       Hsu et al. 2024, arXiv:2405.16833; code read at IBM/SafeLoRA d81fda1
              (specs: defenses_unlearning_and_traps 12.1).
 Evidence     CODE. C is no projector: it also scales, by up to sigma_1^2 / ||V||_F.
-Licence      see the repository; rewritten from the formulas.
+Licence      no licence file found; rewritten from the formulas.
 Differs      an adapter is merged already: D = W_tuned - W_aligned stands for its B A,
              scale included, which changes no cosine, and C D for (C B) A. So it works on
              fine-tuning of all parameters as well, which the code does not: there

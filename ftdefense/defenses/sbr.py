@@ -10,7 +10,7 @@ Source       Lu et al. 2026, arXiv:2605.05995; code read at soyoaaa/SBR 188990b 
              defenses_unlearning_and_traps 11.8, perturbation_and_meta 5.7).
 Evidence     CODE. UNVERIFIED: the weight that its runs had, as transformers from 4.46 on
              does not divide the sum of 4 accumulated losses, which makes it 4 * lam.
-Licence      see the repository; rewritten from the formulas.
+Licence      no licence file found; rewritten from the formulas.
 Differs      the anchors are prompts of the provider's, the same in every step where the
              batch is a multiple of `anchors` (else some are in it twice, some not at
              all); the answers that follow them make no difference. AdamW is not

@@ -11,7 +11,7 @@ Minimises    Vaccine's loss with shifts in `layers` drawn layers alone, one norm
 Source       Liu et al. 2024, arXiv:2410.09760; code read at Lslland/T-Vaccine 4513750.
 Evidence     CODE; UNVERIFIED whether the paper draws anew at each step, and freezes
              whole layers.
-Licence      see the repository; rewritten from the formulas.
+Licence      no licence file found; rewritten from the formulas.
 Differs      layers are drawn by Gumbel top-k: NumPy's law, other random numbers. The
              frozen leaves are skipped, but their gradients are still computed.
 Reduces to   Vaccine with all layers drawn; SFT on the alignment data at rho = 0 then.
