@@ -162,7 +162,7 @@ def _recovery(given: dossier.Dossier) -> float | None:
 
 
 def _durability(given: dossier.Dossier) -> dict[str, Any]:
-    """Steps to break by plain fine-tuning, and their ratios (A.5).
+    """Steps to break by a long fine-tuning, and their ratios (A.5).
 
     A run that diverged tells nothing.
     """

@@ -182,8 +182,9 @@ before the attack.</p>
 {asked(judged)}
 <h2>Repeated at every seed, on all held-out prompts</h2>
 <p class="note">HS and capability are those at the end. Best HS is also over checkpoints
-along the way, which are judged on a part of the prompts. "horizon" is plain fine-tuning
-at a constant rate for {judged["durability"]["horizon"]} steps.</p>
+along the way, which are judged on a part of the prompts. "horizon" is a long
+fine-tuning at a constant rate, {judged["durability"]["horizon"]} steps: of harm alone or, beyond
+`quick`, with benign rows, whichever breaks sooner.</p>
 {tables.as_html(confirmed_table(confirmed))}
 <h2>Can the evaluation be believed?</h2>
 {tables.as_html(findings_table(judged), wrap=True)}
@@ -227,7 +228,7 @@ def headline(judged: Judged, trials: Sequence[Row]) -> list[tuple[str, str]]:
         f"{name} {'not within ' + str(durability['horizon']) if s is None else s}"
         for name, s in durability["steps_to_break"].items()
     )
-    found.append(("steps to break by plain fine-tuning", shown))
+    found.append(("steps to break by a long fine-tuning", shown))
     ratio, limit = durability["ratio"], durability["limit"]
     found.append(("durability ratio, against the undefended model", _bound(ratio)))
     found.append(("the same of a model that never knew", _bound(limit)))

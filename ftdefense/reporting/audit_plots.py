@@ -83,7 +83,7 @@ def frontier(
 
 
 def horizon(runs: Mapping[str, Sequence[Row]], path: pathlib.Path) -> pathlib.Path:
-    """Harmful score and capability along plain fine-tuning for long."""
+    """Harmful score and capability along a long fine-tuning."""
     panels = (("harmful_score", "harmful score"), ("capability", "capability"))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.3), sharey=True)
