@@ -97,7 +97,7 @@ def chosen(runner: pipeline.Bench, package: str, asked: Sequence[str]) -> list[C
         found.append(Chosen(reference, name, plan, f"{name}:{preset or 'sandbox'}"))
     if package == "defenses" and runner.model.config.compute_dtype == "bfloat16":
         _warn_of_rounding([c.name for c in found])
-    if FLAGS.get_flag_value("model", None):
+    if FLAGS.model:
         _warn_of_scale(package, found)
     return overridden(package.removesuffix("s"), found)
 
@@ -178,7 +178,7 @@ def _running() -> set[str]:
     """Names of all methods that the flags ask for, on either side."""
     found = set()
     for side in ("defense", "attack"):
-        asked = FLAGS.get_flag_value(side, None) or []
+        asked = (FLAGS[side].value if side in FLAGS else None) or []
         asked = [asked] if isinstance(asked, str) else list(asked)
         if asked == ["all"]:
             asked = registry.names(f"{side}s")

@@ -162,7 +162,7 @@ def run(main: Callable[[], Any]) -> None:
 
 def warn(text: str) -> None:
     """Tells the user, once: processes of --jobs leave it to the one that started them."""
-    if not FLAGS.get_flag_value("worker", ""):
+    if not ("worker" in FLAGS and FLAGS["worker"].value):
         print(f"warning: {text}", file=sys.stderr)
 
 
