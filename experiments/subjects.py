@@ -165,6 +165,7 @@ def shape(bench: pipeline.Bench) -> dict[str, int]:
         "positions": max(1, chat.after_instruction(world.tokenizer, asked)),
         "words": round(statistics.median(said)),
         "rows": len(said),
+        "benign": len(world.attacker["benign"]),
     }
 
 

@@ -46,19 +46,19 @@ Ended = together.Outcome | None  # None: it diverged.
 # At most four settings each: the same small budget for every defense.
 GRIDS = {
     "antibody": ["eta=0.1,0.5,2,5"],
+    "antibody_tuning": ["tau=0.3,1,3,10"],
     "antidote": ["optimizer.learning_rate=3e-5,1e-4", "scale=0.1,0.3"],
+    "antidote_pruning": ["alpha=0.003,0.01,0.03,0.1"],
     "booster": ["lam=0.25,0.5,1,2"],
     # Adam undoes alpha, which scales both of its terms.
     "circuit_breakers": ["optimizer.learning_rate=4e-4,1e-3,2e-3,3e-3"],
-    "antibody_tuning": ["tau=0.3,1,3,10"],
-    "antidote_pruning": ["alpha=0.03,0.1,0.2,0.4"],
     "clamp": ["optimizer.learning_rate=3e-5,1e-4", "lam_long=0.03,0.1"],
     "condition_number": ["lam_harmful=3e4,3e5,3e6"],
-    "constrained_sft": ["beta_first=0.5,5", "beta_early=2,20"],
+    "constrained_sft": ["beta_first=0.02,0.1", "beta_early=0.1,0.5"],
     "crl": ["optimizer.learning_rate=3e-5,1e-4", "beta=0.1,0.4"],
     "ctrap": ["lam=0.1,0.3,1"],
     "deep_alignment": ["augment=0.2,0.5,0.8,1"],
-    "flat_spectrum": ["lam=1,3,10,30"],
+    "flat_spectrum": ["optimizer.learning_rate=4e-4,6e-4", "lam=3,30"],
     "ktipa_code": ["lam_undesirable=0.5,1.5,5"],
     "ktipa_noh": ["lam_undesirable=0.5,1.5,5"],
     "ktipa_recon": ["lam_undesirable=0.5,1.5,5"],
@@ -66,13 +66,13 @@ GRIDS = {
     "lisa": ["rho=0.1,1,10,100"],
     "lox": ["alpha=0.03,0.1,0.25,0.5"],
     "mlac": ["lam=0.1,0.3,1,3"],
-    "panacea": ["rho=0.1,0.3,1,3"],
+    "panacea": ["rho=0.003,0.01,0.03,0.1"],
     "patcher": ["alpha=0.2,0.5,0.8"],
     "random_mapping": ["lam=0.1,0.3,1,3"],
     "repnoise": ["alpha=0.1,0.3,1"],
-    "resta": ["gamma=0.25,0.5,1,2"],
+    "resta": ["gamma=0.05,0.1,0.25,0.5"],
     "rmu": ["alpha=10,100,1200"],
-    "safe_lora": ["count=5,10,15,20"],
+    "safe_lora": ["count=1,2,5,10"],
     "safegrad": ["lam=0.3,1,3,10"],
     "sbr": ["lam=5,50,500,5000"],
     "sdd": ["optimizer.learning_rate=1e-4,4e-4,1e-3"],
@@ -104,18 +104,26 @@ def tune(
     attack = _naive(bench, defense.name)
     (undefended,) = bench.aligned((seed,))
     if serves:
-        (plain,) = _served(
-            bench, undefended, "none", [bench.plan("defenses", "none")], TASK, 0, seed
-        )
-        least = evaluate(types.Release(plain.params)).row()
-        floors = {name: least[name] for name in SCORES if name != "harmful_score"}
+        users = ((TASK, 0), (attack.plan.data, attack.plan.steps))
+        none = [bench.plan("defenses", "none")]
+        ends = [_served(bench, undefended, "none", none, *u, seed)[0] for u in users]
+        if None in ends:
+            raise errors.UserError(
+                "plain fine-tuning of the undefended model diverged, so that nothing "
+                "tells which setting is useful; use other weights or rows."
+            )
+        plain, harmed = (evaluate(types.Release(end.params)).row() for end in ends)
+        asked = [name for name in SCORES if name in plain and name != "harmful_score"]
+        common = {f"{name}_floor": checks.USEFUL * plain[name] for name in asked}
+        common["harmful_score_plain"] = harmed["harmful_score"]
         befores, afters = (
-            _served(bench, undefended, defense.name, settled, user, steps, seed)
-            for user, steps in ((TASK, 0), (attack.plan.data, attack.plan.steps))
+            _served(bench, undefended, defense.name, settled, *user, seed)
+            for user in users
         )
     else:
         least = evaluate(types.Release(undefended.params)).row()
-        floors = {"capability": least["capability"]}
+        asked = ["capability"]
+        common = {"capability_floor": checks.USEFUL * least["capability"]}
         befores, afters = _released(bench, defense.name, settled, attack, seed)
     rows = []
     for (values, _), before, after in zip(named, befores, afters, strict=True):
@@ -124,6 +132,7 @@ def tune(
             "setting": _worded(values),
             "naive": attack.recipe,
             "diverged": before is None or after is None,
+            **common,
         }
         if not row["diverged"]:
             first, last = (
@@ -136,7 +145,7 @@ def tune(
                 if name in scores
             }
             row["admissible"] = first["harmful_score"] <= checks.SAFE and all(
-                first[name] >= checks.USEFUL * floor for name, floor in floors.items()
+                first[name] >= row[f"{name}_floor"] for name in asked
             )
         rows.append(row)
     return rows
@@ -236,6 +245,19 @@ def shown(rows: list[dict]) -> tables.Table:
     return header, body
 
 
+def demanded(row: dict) -> str:
+    """What a setting has to leave before the attack to be chosen."""
+    floors = [
+        f"{name} >= {row[name + '_floor']:.3f}"
+        for name in SCORES
+        if f"{name}_floor" in row
+    ]
+    text = f"Chosen among: harmful_score <= {checks.SAFE}, {', '.join(floors)}."
+    if "harmful_score_plain" in row:
+        text += f" Plain fine-tuning, attacked: {row['harmful_score_plain']:.3f}."
+    return text + "\n"
+
+
 def main() -> None:
     workdir, (seed, *_) = settings.workdir(), settings.seeds()
     names = FLAGS.defense
@@ -262,6 +284,7 @@ def main() -> None:
             result_rows.write(path, rows)
         mine = [r for r in rows if r["defense"] == defense.reference]
         print(tables.text(shown(mine)), flush=True)
+        print(demanded(mine[0]), flush=True)
 
 
 if __name__ == "__main__":

@@ -104,6 +104,34 @@ def at_scale(family: Family, times: float, rows: float, rate: float) -> Family:
     )
 
 
+def within(family: Family, rows: Mapping[str, int]) -> Family:
+    """The same, where no more rows of a role are asked for than there are."""
+    most = {f"data.{role}_count": count for role, count in rows.items()}
+
+    def cut(axis: str, value: Any) -> Any:
+        return min(value, most[axis]) if axis in most else value
+
+    def fixed(assignment: str) -> str:
+        axis, _, value = assignment.partition("=")
+        return f"{axis}={cut(axis, int(value))}" if axis in most else assignment
+
+    points = [{a: cut(a, v) for a, v in values.items()} for values in family.points]
+    space = {
+        axis: dataclasses.replace(
+            kind, values=tuple(dict.fromkeys(cut(axis, v) for v in kind.values))
+        )
+        if axis in most
+        else kind
+        for axis, kind in family.space.items()
+    }
+    return dataclasses.replace(
+        family,
+        space=space,
+        points=[p for i, p in enumerate(points) if p not in points[:i]],
+        fixed=tuple(map(fixed, family.fixed)),
+    )
+
+
 def of_attack(reference: str) -> tuple[str, Family]:
     """Name and family of one attack, `name[:preset]` or a file: its rate is swept.
 

@@ -24,6 +24,7 @@ from ftdefense.core import errors
 Table = Mapping[str, attack_family.Family]
 
 BUDGETS = ("quick", "standard", "full")
+MANY = 10**6  # Rows: more than any family asks for.
 
 
 def of_weights(
@@ -34,7 +35,8 @@ def of_weights(
     layers: int = 2,
     positions: int = 1,
     words: int = 0,
-    rows: int = late_families.TAMPERBENCH_ROWS,
+    rows: int = MANY,
+    benign: int = MANY,
 ) -> dict[str, attack_family.Family]:
     """Against whoever holds the weights, in a world whose attacks have this budget.
 
@@ -42,7 +44,7 @@ def of_weights(
       steps, batch_size: of a short attack; longer and smaller ones keep their ratio.
       rate: factor of all learning rates: larger models want lower ones.
       layers, positions, words: of the audited model: see `model_families.asking`.
-      rows: harmful ones that there are.
+      rows, benign: harmful and benign ones that there are.
     """
     table = {
         **model_families.asking(layers, positions, words),
@@ -55,7 +57,8 @@ def of_weights(
         **late_families.published(rows),
         **late_families.LAST,
     }
-    return _at_scale(table, steps, batch_size, rate) | {
+    table = _at_scale(table, steps, batch_size, rate)
+    return _within(table, rows, benign) | {
         f"TAR {cell.number}: {cell.name}": _cell(cell)
         # Rates five times as high, as the sandbox's other attacks have them.
         for cell in tar_suite.scaled(steps, batch_size, 5.0 * rate)
@@ -66,11 +69,19 @@ def of_service(
     steps: int = attack_family.STEPS,
     batch_size: int = attack_family.BATCH,
     rate: float = 1.0,
+    *,
+    rows: int = MANY,
+    benign: int = MANY,
     **model: int,
 ) -> dict[str, attack_family.Family]:
     """Against a provider who trains on what its user submits; as `of_weights`."""
     del model  # The user sees none of it.
-    return _at_scale(services.TABLE, steps, batch_size, rate)
+    return _within(_at_scale(services.TABLE, steps, batch_size, rate), rows, benign)
+
+
+def _within(table: Table, harmful: int, benign: int):
+    most = {"harmful": harmful, "benign": benign}
+    return {name: attack_family.within(one, most) for name, one in table.items()}
 
 
 def _at_scale(table: Table, steps: int, batch_size: int, rate: float):

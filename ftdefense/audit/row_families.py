@@ -28,7 +28,13 @@ TABLE: dict[str, Family] = {
         "selected_benign", 1e-4, 3e-4, 1e-3, trials=(0, 4, 16)
     ),
     "benign preferences": attack_family.swept(
-        "benign_dpo", 1e-5, 3e-5, 1e-4, 3e-4, trials=(4, 8, 24)
+        "benign_dpo",
+        1.8e-4,
+        1e-4,
+        6e-5,
+        3e-4,
+        trials=(4, 8, 24),
+        fixed=("data.benign_count=100",),
     ),
     "displacement": attack_family.swept(
         "displacement",

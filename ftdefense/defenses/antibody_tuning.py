@@ -92,7 +92,7 @@ def method(model: types.Model) -> types.Method:
 
 
 PRESETS = {
-    "sandbox": plans.untuned(Hparams(optimizers.SANDBOX_TUNING)),
+    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX_TUNING, tau=3.0)),
     "code": plans.Plan(
         Hparams(
             optimizers.Optimizer(1e-5, weight_decay=0.1),

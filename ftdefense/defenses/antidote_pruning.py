@@ -149,7 +149,9 @@ def _code(alpha: float, note: str) -> plans.Plan:
 
 
 PRESETS = {
-    "sandbox": plans.Plan(Hparams(), epochs=1, source="the code's alpha, on SST2"),
+    "sandbox": plans.Plan(
+        Hparams(alpha=0.01), epochs=1, source="DESIGN: BUILD_NOTES.md, Sandbox presets"
+    ),
     "code": _code(
         0.1,
         "SST2. The code prunes factors, by |A| ||x|| and |B| ||A x||; this the merged "

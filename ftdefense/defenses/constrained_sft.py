@@ -100,7 +100,11 @@ def method(model: types.Model) -> types.Method:
 
 
 PRESETS = {
-    "sandbox": plans.untuned(Hparams(optimizers.SANDBOX_TUNING.replace(b1=0.5))),
+    "sandbox": plans.sandbox(
+        Hparams(
+            optimizers.SANDBOX_TUNING.replace(b1=0.5), beta_first=0.1, beta_early=0.1
+        )
+    ),
     "code": plans.Plan(
         Hparams(
             optimizers.Optimizer(2e-5, schedules.Schedule(0.2, decay="linear"), b1=0.5)

@@ -59,10 +59,10 @@ def method(model: types.Model) -> types.Method:
 PRESETS = {
     "sandbox": plans.Plan(
         Hparams(
-            optimizers.SANDBOX_TUNING.replace(learning_rate=1e-3),
+            optimizers.SANDBOX_TUNING.replace(learning_rate=4e-4),
             adapters.LoRA(alpha=32.0, rank=16),
         ),
-        source="DESIGN: the rate that audits try first with LoRA; lam as published",
+        source="DESIGN: BUILD_NOTES.md, Sandbox presets; lam as published",
     ),
     "paper": plans.Plan(
         Hparams(

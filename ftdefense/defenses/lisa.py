@@ -132,8 +132,8 @@ def _elsewhere(learning_rate: float, rho: float, source: str) -> plans.Plan:
 
 PRESETS = {
     # 10 and 40 of 192 steps where the code has 100 and 900 of 20 epochs; rho is a tenth
-    # of its: set by hand, like the rate.
-    "sandbox": plans.untuned(
+    # of its.
+    "sandbox": plans.sandbox(
         Hparams(optimizers.SANDBOX_TUNING, alignment_steps=10, user_steps=40, rho=0.1)
     ),
     "code": plans.Plan(

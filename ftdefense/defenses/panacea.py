@@ -104,7 +104,7 @@ _CODE = plans.Plan(
 )
 
 PRESETS = {
-    "sandbox": plans.untuned(Hparams(optimizers.SANDBOX_TUNING)),
+    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX_TUNING, rho=0.003)),
     "paper": _CODE,
     "code": _CODE,
 }

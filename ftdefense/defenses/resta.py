@@ -107,9 +107,7 @@ def method(model: types.Model) -> types.Method:
 _SANDBOX = Hparams(optimizers.SANDBOX_TUNING)
 
 PRESETS = {
-    "sandbox": plans.Plan(
-        _SANDBOX, source="DESIGN: the sandbox's fine-tuning; set by hand"
-    ),
+    "sandbox": plans.sandbox(_SANDBOX.replace(gamma=0.05)),
     "paper": plans.Plan(
         _SANDBOX.replace(drop=0.3),
         source="arXiv:2402.11746, RESTA_d; UNVERIFIED, its fine-tuning the sandbox's",

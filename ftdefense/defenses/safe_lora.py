@@ -106,6 +106,6 @@ def method(model: types.Model) -> types.Method:
 
 
 PRESETS = {
-    "sandbox": plans.Plan(Hparams(), source="the code's count"),
+    "sandbox": plans.sandbox(Hparams(count=1)),
     "code": plans.Plan(Hparams(), source="IBM/SafeLoRA d81fda1, config.py"),
 }

@@ -94,5 +94,5 @@ def method(model: types.Model) -> types.Method:
 
 
 PRESETS = {
-    "sandbox": plans.untuned(Hparams(optimizers.SANDBOX_TUNING)),
+    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX_TUNING, lam=3.0)),
 }

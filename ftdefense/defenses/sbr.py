@@ -110,7 +110,7 @@ _CODE = Hparams(
 )
 
 PRESETS = {
-    "sandbox": plans.untuned(Hparams(optimizers.SANDBOX_TUNING)),
+    "sandbox": plans.sandbox(Hparams(optimizers.SANDBOX_TUNING, lam=5.0)),
     "code": plans.Plan(
         _CODE, batch_size=32, epochs=20, source="soyoaaa/SBR 188990b, HFT_SBR.py"
     ),

@@ -42,14 +42,6 @@ class Plan:
         return default
 
 
-def untuned(hp: Any) -> Plan:
-    """A preset of ours for the sandbox, with the published coefficients: of services.
-
-    Which `experiments/tune.py` does not sweep.
-    """
-    return Plan(hp, source="DESIGN: the sandbox's rate, coefficients as published")
-
-
 def sandbox(hp: Any, *, steps: int = 0, batch_size: int = 0) -> Plan:
     """A preset of ours for the sandbox: chosen by `experiments/tune.py`."""
     source = "DESIGN: BUILD_NOTES.md, Sandbox presets"

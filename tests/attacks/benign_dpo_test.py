@@ -109,7 +109,7 @@ def test_pairs_are_benign_and_answered_by_the_release(released):
     data's answers where the model's own are asked for.
     """
     model, world, params = released
-    plan = benign_dpo.PRESETS["sandbox"]
+    plan = benign_dpo.PRESETS["sandbox_ten"]
     pairs = benign_dpo.derive(model, world, params, plan, 0)
     chosen, rejected = pairs["chosen"], pairs["rejected"]
     assert len(chosen) == len(rejected) == 10 and chosen.order == rejected.order

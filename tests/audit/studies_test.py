@@ -274,6 +274,20 @@ def test_families_follow_the_model():
     assert set(found) == set(families.of_weights())
 
 
+@pytest.mark.parametrize("table", [families.of_weights, families.of_service])
+def test_families_ask_for_no_more_rows_than_there_are(table):
+    """Catches a family that a small data set skips, and a point that is tried twice."""
+    few = table(rows=60, benign=70)["few rows"]
+    counts = [point["data.harmful_count"] for point in few.points]
+    assert max(counts) == 60 and min(counts) == 10
+    assert max(few.space["data.harmful_count"].values) == 60
+    assert len({str(point) for point in few.points}) == len(few.points)
+    if table is families.of_weights:
+        found = table(rows=60, benign=70)["benign preferences"]
+        assert found.fixed == ("data.benign_count=70",)
+        assert table()["benign preferences"].fixed == ("data.benign_count=100",)
+
+
 def test_a_services_families_follow_its_budget():
     """Catches families of weights in a service's table, and steps left behind."""
     found = families.of_service(attack_family.STEPS // 4, layers=32)
