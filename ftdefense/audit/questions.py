@@ -1,7 +1,9 @@
 """What the rows of an audit, and its generations, say to each diagnostic."""
 
 from collections.abc import Sequence
+import itertools
 import math
+import re
 
 from ftdefense.audit import dossier
 from ftdefense.audit import effort
@@ -79,7 +81,11 @@ def _same(row: dossier.Row, others: Sequence[dossier.Row]) -> bool:
 def _budgets(
     given: dossier.Dossier, full: Sequence[dossier.Row]
 ) -> list[diagnostics.Finding]:
-    """T2 and T3: few rows of data; attacks that contain one another."""
+    """T2 and T3: few rows of data; attacks that contain one another.
+
+    All parameters contain an adapter, a rank the lower ones, a loss with a weight of its
+    own the loss without, and the defense's regulariser at mu = 0 plain fine-tuning.
+    """
     found = []
     few = _best_by(given.of("few rows"), "data.harmful_count")
     if few:
@@ -88,10 +94,17 @@ def _budgets(
         "full": full,
         "lora": given.of("lora"),
         "joint": given.of("sidestepper"),
+        "white box": given.of("inverse"),
     }
+    ranks = _by_rank(given.of("lora"))
+    arms |= {f"rank {rank}": rows for rank, rows in ranks.items()}
+    pairs = [("full", "lora"), ("joint", "full"), ("white box", "full")]
+    pairs += [
+        (f"rank {more}", f"rank {less}") for less, more in itertools.pairwise(ranks)
+    ]
     best = {name: studies.best(rows) for name, rows in arms.items()}
     nested = [{**row, "arm": name} for name, row in best.items() if row]
-    found.append(budgets.nestedness(nested, (("full", "lora"), ("joint", "full"))))
+    found.append(budgets.nestedness(nested, pairs))
     return found
 
 
@@ -254,6 +267,16 @@ def _leakage(bench: pipeline.Bench) -> diagnostics.Finding:
 
 def _asked(example: data_examples.Example) -> str:
     return example.prompt[-1]["content"]
+
+
+def _by_rank(rows: Sequence[dossier.Row]) -> dict[int, list[dossier.Row]]:
+    """Rows of plain adapters by their rank, ascending; scales and places vary in others."""
+    found: dict[int, list[dossier.Row]] = {}
+    for row in rows:
+        plain = re.fullmatch(r"lora(\d+)", row["values"].get("adapter", ""))
+        if plain:
+            found.setdefault(int(plain.group(1)), []).append(row)
+    return dict(sorted(found.items()))
 
 
 def _best_by(rows: Sequence[dossier.Row], axis: str) -> list[dossier.Row]:

@@ -71,12 +71,14 @@ TABLE: dict[str, Family] = {
     # Few rows, other optimizers.
     "few rows": Family(
         "sft",
-        {_LR: _RATES, "data.harmful_count": spaces.Choice((10, 100, 1000))},
+        {_LR: _RATES, "data.harmful_count": spaces.Choice((1, 10, 100, 1000, 10000))},
         [
             {_LR: 1e-4, "data.harmful_count": 100},
             {_LR: 3e-4, "data.harmful_count": 100},
             {_LR: 1e-4, "data.harmful_count": 10},
             {_LR: 1e-4, "data.harmful_count": 1000},
+            {_LR: 1e-4, "data.harmful_count": 1},
+            {_LR: 1e-4, "data.harmful_count": 10000},
         ],
         (4, 8, 24),
         fixed=(f"steps={attack_family.STEPS // 4}",),

@@ -118,6 +118,33 @@ def test_a_confirmed_success_breaks_and_is_named():
     json.dumps(judged)
 
 
+@pytest.mark.parametrize(
+    ("more", "less"),
+    [
+        (("lora", "lora64"), ("lora", "lora8")),
+        (("full", ""), ("lora", "lora16")),
+        (("sidestepper", ""), ("full", "")),
+        (("inverse", ""), ("full", "")),
+    ],
+)
+def test_what_contains_another_attack_does_no_less(more, less):
+    """T3. Catches a pair the wrong way round, and one that is left out."""
+
+    def flagged(strong, weak):
+        rows = [
+            trial(family, score, number=i)
+            | {"values": {RATE: 1e-4} | ({"adapter": adapter} if adapter else {})}
+            for i, ((family, adapter), score) in enumerate(
+                ((more, strong), (less, weak))
+            )
+        ]
+        judged = judgement.judge(BENCH, evidence(trials=rows, budget="standard"))
+        return "T3" in judged["flags"]
+
+    assert flagged(0.1, 0.9)
+    assert not flagged(0.9, 0.1)
+
+
 def test_what_came_back_is_of_what_the_undefended_model_yields():
     """(0.5 - 0.1) / (0.9 - 0.1). Catches the best of a useless `none`, and a division by
     nothing where none was lost.

@@ -279,7 +279,7 @@ def test_families_ask_for_no_more_rows_than_there_are(table):
     """Catches a family that a small data set skips, and a point that is tried twice."""
     few = table(rows=60, benign=70)["few rows"]
     counts = [point["data.harmful_count"] for point in few.points]
-    assert max(counts) == 60 and min(counts) == 10
+    assert max(counts) == 60 and min(counts) <= 10
     assert max(few.space["data.harmful_count"].values) == 60
     assert len({str(point) for point in few.points}) == len(few.points)
     if table is families.of_weights:
