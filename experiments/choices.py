@@ -99,7 +99,25 @@ def chosen(runner: pipeline.Bench, package: str, asked: Sequence[str]) -> list[C
         _warn_of_rounding([c.name for c in found])
     if FLAGS.model:
         _warn_of_scale(package, found)
-    return overridden(package.removesuffix("s"), found)
+    found = overridden(package.removesuffix("s"), found)
+    if package == "defenses":
+        _align(runner, found)
+    return found
+
+
+def _align(runner: pipeline.Bench, found: Sequence[Chosen]) -> None:
+    """What starts from the aligned model starts from the run's own `none`.
+
+    So its preset and its overrides count where `none` itself is not asked for, too.
+    """
+    plan = next((one.plan for one in found if one.name == "none"), None)
+    if plan is None and runner.alignment is None:
+        plan = runner.plan("defenses", "none")
+        for assignment in FLAGS.set:
+            target, _, rest = assignment.partition(".")
+            if target in ("defense", "none") and config.has_field(plan, rest):
+                plan = config.override_plan(plan, rest)
+    runner.alignment = plan or runner.alignment
 
 
 def _warn_of_rounding(names: Sequence[str]) -> None:
@@ -127,7 +145,10 @@ def _warn_of_scale(package: str, found: Sequence[Chosen]) -> None:
             p for p in registry.load(package, one.name).PRESETS if p != "sandbox"
         ]
         for one in found
-        if one.recipe.endswith(":sandbox") and not {side, _stem(one.name)} & rated
+        if one.recipe.endswith(":sandbox")
+        and hasattr(one.plan.hp, "optimizer")  # Edits have no rate.
+        and not {side, _stem(one.name)} & rated
+        and not (one.name == "none" and FLAGS.model_stage == "aligned")  # As it is.
     }
     named = {name: presets[0] for name, presets in published.items() if presets}
     if named:
@@ -186,7 +207,8 @@ def _running() -> set[str]:
         found |= {_stem(name) for name in asked}
         if side == "defense":
             modules = [registry.load("defenses", name) for name in asked]
-            # What a provider runs after them.
+            # What they start from, and what a provider runs after them.
+            found |= {"none"}
             found |= {m.FINE_TUNING for m in modules if hasattr(m, "FINE_TUNING")}
     return found
 

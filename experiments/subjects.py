@@ -81,12 +81,18 @@ def check() -> None:
     """
     if bool(FLAGS.defense) == bool(FLAGS.checkpoint):
         raise errors.UserError("give one of --defense=NAME and --checkpoint=FOLDER.")
-    if FLAGS.reference and not has_own_data():
+    if FLAGS.checkpoint and FLAGS.model is not None:
+        raise errors.UserError(
+            "--model goes with --defense, which is trained on it; the undefended model of "
+            "a --checkpoint is given with --reference."
+        )
+    if FLAGS.reference and not (FLAGS.checkpoint and has_own_data()):
         raise errors.UserError(
             "--reference goes with --checkpoint and --harmful; the sandbox trains its own "
             "references."
         )
-    if has_own_data() and not FLAGS.reference and _is_stage(FLAGS.checkpoint):
+    released = FLAGS.checkpoint and has_own_data()
+    if released and not FLAGS.reference and _is_stage(FLAGS.checkpoint):
         raise errors.UserError(
             f"--checkpoint={FLAGS.checkpoint} is a stage, which holds weights alone: give "
             "the undefended model's folder with --reference, for tokenizer and shape."
@@ -141,13 +147,13 @@ def _name() -> str:
 
 
 def has_own_data() -> bool:
-    """Whether a checkpoint is judged by its user's own rows, outside of the sandbox."""
-    return bool(FLAGS.checkpoint) and FLAGS.harmful is not None
+    """Whether a user's own rows judge, outside of the sandbox."""
+    return FLAGS.harmful is not None
 
 
 def bench() -> pipeline.Bench:
     """The sandbox's, or one made from the checkpoint's own data."""
-    if not has_own_data():
+    if not (FLAGS.checkpoint and has_own_data()):
         return settings.bench()
     # The undefended model is what stands before a defense; without one, the release.
     FLAGS.model = FLAGS.reference or FLAGS.checkpoint
@@ -257,9 +263,10 @@ def companies(seeds: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 def reference_names() -> tuple[str, ...]:
     """The undefended model, and one that never knew."""
-    if has_own_data():
+    if FLAGS.checkpoint and has_own_data():
         return ("none",) if FLAGS.reference else ()
-    return tuple(name for name in REFERENCES if name != FLAGS.defense)
+    known = ("none",) if has_own_data() else REFERENCES  # Nobody's model never knew.
+    return tuple(name for name in known if name != FLAGS.defense)
 
 
 def reference(
@@ -283,7 +290,17 @@ def templates() -> list[str]:
 
 
 # Of audit.py and run.py, by which both see the same model and data.
-_SHARED = ("preset", "world_seed", "harmful", "benign", "refusals", "task")
+_SHARED = (
+    "model",
+    "model_stage",
+    "pretrained",
+    "preset",
+    "world_seed",
+    "harmful",
+    "benign",
+    "refusals",
+    "task",
+)
 _SHARED += ("heldout_harmful", "heldout_benign", "length", "max_new_tokens", "truncate")
 _SHARED += ("chat_template", "collapse_word", "compute_dtype", "matmul_precision")
 _SHARED += ("mesh", "remat", "eval_batch_size")

@@ -63,7 +63,8 @@ class Bench:
         Args:
           defaults: budgets where a plan has none.
           pretrained: a user's own weights; otherwise the sandbox is pretrained.
-          aligned: weights that are aligned already; otherwise `none` aligns them.
+          aligned: weights that are aligned already; otherwise `none` aligns them, by
+            its preset or by `alignment`, which scripts may set before anything trains.
           world_seed: of the sandbox's pretraining.
           derived: roles of the defender that are computed when a method asks for them.
           together: whether the seeds of a stage are vmapped.
@@ -73,6 +74,8 @@ class Bench:
         self._given = {"pretrained": pretrained, "aligned": aligned}
         self._world_seed = world_seed
         self._together, self.placement = together, placement
+        # How the undefended model is aligned, where it is not as presets say.
+        self.alignment: plans.Plan | None = None
         self._store = stages.Store(
             workdir / "stages",
             model,
@@ -142,9 +145,8 @@ class Bench:
     @functools.cache  # noqa: B019
     def aligned(self, seeds: Seeds) -> list[stages.Stage]:
         """The aligned, undefended models: the stage of the defense `none`."""
-        if self._given["aligned"] is not None:
-            return [self._given["aligned"]] * len(seeds)
-        return self.defended("none", self.plan("defenses", "none"), seeds)
+        plan = self.alignment or self.plan("defenses", "none")
+        return self.defended("none", plan, seeds)
 
     @property
     def has_pretrained(self) -> bool:
@@ -214,7 +216,12 @@ class Bench:
         return found
 
     def defended(self, name: str, plan: plans.Plan, seeds: Seeds) -> list[stages.Stage]:
-        """The releases of one alignment-stage defense."""
+        """The releases of one alignment-stage defense.
+
+        Weights that are aligned already are `none`, as they are.
+        """
+        if name == "none" and self._given["aligned"] is not None:
+            return [self._given["aligned"]] * len(seeds)
         return self.run(self.defense_jobs(name, plan, seeds))
 
     def attack_job(

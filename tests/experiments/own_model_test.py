@@ -92,6 +92,47 @@ def test_what_is_exported_is_what_was_released(call, tmp_path, folder):
     assert (out / "tokenizer.json").is_file()
 
 
+def test_aligned_weights_are_the_undefended_model_as_they_are(call, tmp_path, folder):
+    """Catches more alignment of a model that is aligned, and a row of other weights."""
+    more = ["--defense=none", "--attack=weight_noise", "--set=weight_noise.sigma=0"]
+    given = [f for f in flags(tmp_path, folder, *more) if "steps" not in f]
+    done = call("run.py", *given, "--model_stage=aligned")
+    assert done.returncode == 0, done.stderr
+    (stage,) = (tmp_path / "w" / "stages").iterdir()
+    model, params = huggingface.load(str(folder))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    released = checkpoint.load_params(stage / "release", shapes)
+    jax.tree.map(np.testing.assert_array_equal, params, released)
+
+
+def test_what_starts_from_the_aligned_model_starts_from_this_runs(
+    call, tmp_path, folder
+):
+    """Catches an aligned model by the sandbox's numbers where others are given."""
+    more = ["--defense=rmu", "--attack=quantise", "--set=none.steps=3"]
+    done = call(
+        "run.py",
+        *[f for f in flags(tmp_path, folder, *more) if "attack.steps" not in f],
+    )
+    assert done.returncode == 0, done.stderr
+    (stage,) = (tmp_path / "w" / "stages").glob("defended-none-*")
+    assert json.loads((stage / "config.json").read_text())["plan"]["steps"] == 3
+
+
+def test_a_defense_of_ones_own_model_is_audited(call, tmp_path, folder):
+    """Catches a control that the sandbox alone has, and a command of another model."""
+    given = [f for f in flags(tmp_path, folder) if "attack" not in f]
+    more = ["--defense=vaccine", "--families=quantisation,few rows", "--trials=1"]
+    done = call("audit.py", *given, *more, "--jobs=1")
+    assert done.returncode == 0, done.stderr
+    verdict = json.loads((tmp_path / "w" / "verdict.json").read_text())
+    assert verdict["verdict"] in ("BROKEN", "UNRELIABLE")
+    assert not verdict["skipped"]
+    assert f"--model={folder}" in (tmp_path / "w" / "audit.html").read_text()
+    mixed = call("audit.py", *given, f"--checkpoint={folder}")
+    assert mixed.returncode == 2 and "--reference" in mixed.stderr
+
+
 def test_held_out_rows_are_cut_as_asked_and_edits_have_no_curves(
     call, tmp_path, folder
 ):
