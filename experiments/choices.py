@@ -14,6 +14,7 @@ from ftdefense.core import errors
 from ftdefense.core import registry
 from ftdefense.methods import plans
 from ftdefense.training import pipeline
+from ftdefense.training import requirements
 
 FLAGS = flags.FLAGS
 
@@ -112,11 +113,7 @@ def _align(runner: pipeline.Bench, found: Sequence[Chosen]) -> None:
     """
     plan = next((one.plan for one in found if one.name == "none"), None)
     if plan is None and runner.alignment is None:
-        plan = runner.plan("defenses", "none")
-        for assignment in FLAGS.set:
-            target, _, rest = assignment.partition(".")
-            if target in ("defense", "none") and config.has_field(plan, rest):
-                plan = config.override_plan(plan, rest)
+        plan = carried("defense", "none", runner.plan("defenses", "none"))
     runner.alignment = plan or runner.alignment
 
 
@@ -157,6 +154,15 @@ def _warn_of_scale(package: str, found: Sequence[Chosen]) -> None:
             f"model; name a published preset, as {':'.join(next(iter(named.items())))}, "
             "or set them with --set."
         )
+
+
+def carried(side: str, name: str, plan: plans.Plan) -> plans.Plan:
+    """A plan that no flag names, with the --set overrides for it that it has fields for."""
+    for assignment in FLAGS.set:
+        target, _, rest = assignment.partition(".")
+        if target in (side, name) and config.has_field(plan, rest):
+            plan = config.override_plan(plan, rest)
+    return plan
 
 
 def overridden(side: str, found: list[Chosen]) -> list[Chosen]:
@@ -209,6 +215,9 @@ def _running() -> set[str]:
             modules = [registry.load("defenses", name) for name in asked]
             # What they start from, and what a provider runs after them.
             found |= {"none"}
+            served = FLAGS["threat"].value == "service" if "threat" in FLAGS else False
+            if served or any(requirements.stage_of(m) != "alignment" for m in modules):
+                found |= {"sft"}
             found |= {m.FINE_TUNING for m in modules if hasattr(m, "FINE_TUNING")}
     return found
 

@@ -1,5 +1,7 @@
 """Which threat model a defense is run in, and what an attack and a provider do there."""
 
+import choices
+
 from ftdefense.core import errors
 from ftdefense.core import registry
 from ftdefense.methods import plans
@@ -72,13 +74,18 @@ def check(attack: str) -> None:
 def provider(
     bench: pipeline.Bench, defense: str, plan: plans.Plan
 ) -> tuple[serving.Provider, serving.Edits]:
-    """The provider's fine-tuning method, and its edits of what comes out."""
+    """The provider's fine-tuning method, and its edits of what comes out.
+
+    Where the defense has no method of its own it is plain `sft`, which --set reaches.
+    """
     module = registry.load("defenses", defense)
     stage = requirements.stage_of(module)
     if stage == "fine_tuning":
         return ("defenses", defense, plan), ()
     if hasattr(module, "FINE_TUNING"):  # A defense of two stages.
         second = module.FINE_TUNING
-        return ("defenses", second, bench.plan("defenses", second)), ()
+        plan = choices.carried("defense", second, bench.plan("defenses", second))
+        return ("defenses", second, plan), ()
     edits = ((defense, plan),) if stage == "post_fine_tuning" else ()
-    return ("attacks", "sft", bench.plan("attacks", "sft")), edits
+    plan = choices.carried("attack", "sft", bench.plan("attacks", "sft"))
+    return ("attacks", "sft", plan), edits

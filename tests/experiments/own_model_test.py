@@ -99,10 +99,24 @@ def test_aligned_weights_are_the_undefended_model_as_they_are(call, tmp_path, fo
     done = call("run.py", *given, "--model_stage=aligned")
     assert done.returncode == 0, done.stderr
     (stage,) = (tmp_path / "w" / "stages").iterdir()
+    assert_released(stage, folder)
+
+
+def assert_released(stage, folder):
     model, params = huggingface.load(str(folder))
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     released = checkpoint.load_params(stage / "release", shapes)
     jax.tree.map(np.testing.assert_array_equal, params, released)
+
+
+def test_a_providers_fine_tuning_is_set_like_any_other(call, tmp_path, folder):
+    """Catches a rate that is accepted, and does not reach the provider."""
+    more = ["--defense=none", "--threat=service", "--attack=sidestepper"]
+    more += ["--model_stage=aligned", "--set=sft.optimizer.learning_rate=0"]
+    done = call("run.py", *flags(tmp_path, folder, *more))
+    assert done.returncode == 0, done.stderr
+    (stage,) = (tmp_path / "w" / "stages").glob("served-sft-*")
+    assert_released(stage, folder)
 
 
 def test_what_starts_from_the_aligned_model_starts_from_this_runs(
