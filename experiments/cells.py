@@ -111,7 +111,9 @@ class Cells:
                 serving.submitted(bench, attack.name, attack.plan, release, seed)
                 for release, seed in zip(releases, seeds, strict=True)
             ]
-            provider, edits = threats.provider(bench, defense.name, defense.plan)
+            provider, edits = threats.provider(
+                bench, defense.name, defense.plan, defense.recipe
+            )
             # What an edit would still change is not what a checkpoint would release.
             watched = {} if edits else watched
             # Steps that an attack by rows names are the user's wish; epochs, and the

@@ -100,6 +100,11 @@ def chosen(runner: pipeline.Bench, package: str, asked: Sequence[str]) -> list[C
         _warn_of_rounding([c.name for c in found])
     if FLAGS.model:
         _warn_of_scale(package, found)
+        running = _running()
+        if package == "attacks" and "sft" in running - {c.name for c in found}:
+            # What a provider runs.
+            plan = runner.plan("attacks", "sft")
+            _warn_of_scale("attacks", [Chosen("sft", "sft", plan, "sft:sandbox")])
     found = overridden(package.removesuffix("s"), found)
     if package == "defenses":
         _align(runner, found)

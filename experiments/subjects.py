@@ -209,7 +209,7 @@ def _trained(
     releases, before = runner.defend(chosen, seeds)
     name = _short(chosen.reference)
     service = (
-        threats.provider(runner.bench, chosen.name, chosen.plan)
+        threats.provider(runner.bench, chosen.name, chosen.plan, chosen.recipe)
         if in_service()
         else None
     )

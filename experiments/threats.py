@@ -72,11 +72,13 @@ def check(attack: str) -> None:
 
 
 def provider(
-    bench: pipeline.Bench, defense: str, plan: plans.Plan
+    bench: pipeline.Bench, defense: str, plan: plans.Plan, recipe: str = ""
 ) -> tuple[serving.Provider, serving.Edits]:
     """The provider's fine-tuning method, and its edits of what comes out.
 
     Where the defense has no method of its own it is plain `sft`, which --set reaches.
+    `recipe`, the defense's `name:preset`, picks the preset of its second stage, if that
+    has it.
     """
     module = registry.load("defenses", defense)
     stage = requirements.stage_of(module)
@@ -84,7 +86,10 @@ def provider(
         return ("defenses", defense, plan), ()
     if hasattr(module, "FINE_TUNING"):  # A defense of two stages.
         second = module.FINE_TUNING
-        plan = choices.carried("defense", second, bench.plan("defenses", second))
+        preset = recipe.partition(":")[2]
+        known = registry.load("defenses", second).PRESETS
+        plan = bench.plan("defenses", second, preset if preset in known else None)
+        plan = choices.carried("defense", second, plan)
         return ("defenses", second, plan), ()
     edits = ((defense, plan),) if stage == "post_fine_tuning" else ()
     plan = choices.carried("attack", "sft", bench.plan("attacks", "sft"))

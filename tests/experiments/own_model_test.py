@@ -119,6 +119,17 @@ def test_a_providers_fine_tuning_is_set_like_any_other(call, tmp_path, folder):
     assert_released(stage, folder)
 
 
+def test_the_second_stage_has_the_preset_of_the_first(call, tmp_path, folder):
+    """Catches the sandbox's numbers at the provider of a published defense."""
+    more = ["--defense=antibody:code", "--threat=service", "--attack=sft"]
+    done = call("run.py", *flags(tmp_path, folder, *more))
+    assert done.returncode == 0, done.stderr
+    (stage,) = (tmp_path / "w" / "stages").glob("served-antibody_tuning-*")
+    plan = json.loads((stage / "config.json").read_text())["plan"]
+    assert plan["hp"]["optimizer"]["learning_rate"] == 1e-5
+    assert plan["steps"] == 4
+
+
 def test_what_starts_from_the_aligned_model_starts_from_this_runs(
     call, tmp_path, folder
 ):
