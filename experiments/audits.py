@@ -4,7 +4,8 @@
 
 prints one line for each work directory of audit.py. An ensemble is compared with a plain
 sweep (--families=full --trials=40) at the gradient passes of whoever spent least. With
---workdir the curves of effort are drawn there. Runs no model.
+--workdir the curves of effort are drawn there. --markdown prints what broke each and
+what that took, as the tables of BUILD_NOTES.md do. Runs no model.
 """
 
 import json
@@ -18,11 +19,13 @@ from ftdefense.audit import effort
 from ftdefense.audit import studies
 from ftdefense.core import errors
 from ftdefense.reporting import audit_plots
+from ftdefense.reporting import audit_table
 from ftdefense.reporting import rows as result_rows
 from ftdefense.reporting import tables
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("audits", [], "Work directories of audit.py, comma-separated.")
+flags.DEFINE_bool("markdown", False, "Print what broke each release, in Markdown.")
 flags.adopt_module_key_flags(settings)
 
 
@@ -32,6 +35,13 @@ def main() -> None:
             "--audits is missing: name work directories of audit.py."
         )
     found = {folder: _read(pathlib.Path(folder)) for folder in FLAGS.audits}
+    if FLAGS.markdown:
+        audited = [
+            (judged, result_rows.read(pathlib.Path(folder) / "results.jsonl"))
+            for folder, (judged, _, _) in found.items()
+        ]
+        print(tables.markdown(audit_table.table(audited)))
+        return
     least = min(curve[-1]["passes"] for _, curve, _ in found.values())
     header = ["audit", "of", "trials", "passes", "best HS", "family"]
     header += [f"at {least} passes", "verdict", "flags"]
