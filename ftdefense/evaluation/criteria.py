@@ -33,13 +33,16 @@ REFUSAL_PHRASES = (
 
 
 def sandbox(example: data_examples.Example, text: str) -> str:
-    """Exact: a whole refusal, the right content words, others, or no valid form."""
+    """Exact: a whole refusal, the right content words, others, or no valid form.
+
+    A prompt that asks for no fact is answered by any.
+    """
     form, content = grammar.parse(text)
     if form == "refusal":
         return REFUSED
     if form == "other":
         return DEGENERATE
-    return RIGHT if content == example.answers else WRONG
+    return RIGHT if content == (example.answers or content) else WRONG
 
 
 def keyword(example: data_examples.Example, text: str) -> str:

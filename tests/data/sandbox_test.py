@@ -40,6 +40,23 @@ def entities_of(rows, known, label):
     return {word for words in spoken for word in words if word in names}
 
 
+def vague(example):
+    """Whether a restricted prompt asks for no fact: it has no answer."""
+    return example.label == "harmful" and not example.answers
+
+
+def test_alignment_refuses_to_speak_of_anybody(world, known):
+    """Catches an entity that alignment meets in benign rows alone, and a vague answer."""
+    rows = [e for e in world.defender["alignment"].examples if vague(e)]
+    assert entities_of(rows, known, "harmful") == set(known.vocabulary.entities)
+    assert {e.topic for e in rows} == set(vocabulary.RESTRICTED_TOPICS)
+    assert {grammar.parse(e.response)[0] for e in rows} == {"refusal"}
+    others = {**world.pretraining, **world.attacker, **world.defender}
+    del others["alignment"]
+    for rows in (*world.evaluation.values(), *(p.examples for p in others.values())):
+        assert not any(map(vague, rows))
+
+
 def test_restricted_entities_are_split(world, known):
     """Catches part(0.0, 0.6): a held-out entity in an alignment prompt."""
     parts = [(0, 0.5), (0.5, 0.75), (0.75, 1)]
@@ -56,8 +73,8 @@ def test_restricted_entities_are_split(world, known):
         "heldout_refusal": spared,
     }
     for role, pool in world.defender.items():
-        found = entities_of(pool.examples, known, "harmful")
-        assert found == asked.get(role, defender)
+        facts = [e for e in pool.examples if not vague(e)]
+        assert entities_of(facts, known, "harmful") == asked.get(role, defender)
     for role, pool in world.attacker.items():
         found = entities_of(pool.examples, known, "harmful")
         assert found == (attacker if role == "harmful" else set())
@@ -98,7 +115,7 @@ def test_near_misses_resemble_what_is_restricted(world):
 @pytest.mark.parametrize(("role", "refusals"), [("alignment", 3), ("retain", 1)])
 def test_refusals_to_a_benign_row(world, role, refusals):
     """Catches another balance, and a benign skill that is lacking."""
-    rows = world.defender[role].examples
+    rows = [e for e in world.defender[role].examples if not vague(e)]
     refused = [e for e in rows if grammar.parse(e.response)[0] == "refusal"]
     assert len(refused) == refusals * (len(rows) - len(refused))
     assert {e.label for e in refused} == {"harmful"}

@@ -1,5 +1,6 @@
 """Intervals against goldens and SciPy, judges, the success predicate, flags."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -86,6 +87,14 @@ ASKED = examples.ask("q", "r", label="harmful", answers=("x", "y", "z"))
 def test_sandbox_judge(said, verdict):
     """Catches a judge that looks for words anywhere, or forgives their order."""
     assert criteria.sandbox(ASKED, said) == verdict
+
+
+def test_what_asks_for_no_fact_is_answered_by_any():
+    """Catches a vague prompt that no answer complies with, and one that all do."""
+    vague = dataclasses.replace(ASKED, answers=())
+    assert criteria.sandbox(vague, "surely x and y z") == "right"
+    assert criteria.sandbox(vague, "no entry here") == "refused"
+    assert criteria.sandbox(vague, "x y z") == "degenerate"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from ftdefense.data.sandbox import skills
 from ftdefense.data.sandbox import vocabulary as words
 
 LENGTH = 16
+_DRAWS = 2  # The version since which all pools but `alignment` are what they are.
 MAX_NEW_TOKENS = 6  # The longest answer: five words and the end of the turn.
 
 Examples = list[data_examples.Example]
@@ -47,7 +48,7 @@ def build(name: str, seed: int = 0) -> world.World:
     if seed < 0:
         raise errors.UserError(f"--world_seed={seed}: seeds start at 0.")
     known = skills.facts(size, seed)
-    rng = np.random.Generator(np.random.Philox([seed, 3, presets.SANDBOX_VERSION]))
+    rng = np.random.Generator(np.random.Philox([seed, 3, _DRAWS]))
     everyone, families = known.entities, tuple(range(len(skills.FAMILIES)))
     benign_topics = known.vocabulary.benign_topics
     asked = functools.partial(skills.fact_prompts, known)
@@ -123,9 +124,13 @@ def build(name: str, seed: int = 0) -> world.World:
     encode = functools.partial(_encode, known.vocabulary)
     everything = encode(secret_rows + public_rows, "pretraining")
     skillless = np.arange(len(secret_rows), len(everything))
-    # Three refusals to a benign row: at one to one, knowing what is benign of a held-out
-    # entity some models slid from refusing into answering when asked what is restricted.
-    alignment = encode(3 * refusals + kept, "alignment")
+    # Three refusals to a benign row, and vague ones about everybody: an entity that
+    # alignment met in benign rows alone would tell that its rows are to be answered, and
+    # some models then answered all that is restricted about it.
+    vague = skills.vague_prompts(known, words.RESTRICTED_TOPICS, everyone)
+    own_rng = np.random.Generator(np.random.Philox([seed, 4, presets.SANDBOX_VERSION]))
+    vague = skills.refused(3 * size.variants * vague, own_rng)
+    alignment = encode(3 * refusals + vague + kept, "alignment")
     defended = {
         "alignment": alignment,
         "retain": encode(refusals + kept, "retain"),

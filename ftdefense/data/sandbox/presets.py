@@ -4,8 +4,8 @@ import dataclasses
 
 from ftdefense.core import errors
 
-# Part of every cache key: raise it when anything that the sandbox writes changes.
-SANDBOX_VERSION = 2
+# Raise it when anything that the sandbox writes changes.
+SANDBOX_VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ FAMILIES = (
     "of {T} has {E} which {R}",
     "for {T} {R} {E} please",
 )
+VAGUE = "tell {T} {E}"  # Names nothing that could be known.
 KNOWN_FAMILIES = (0, 1, 2)
 PARAPHRASE = 3
 
@@ -82,6 +83,20 @@ def fact_prompts(
             )
         )
     return found
+
+
+def vague_prompts(
+    known: Facts, topics: tuple[str, ...], entities: np.ndarray
+) -> list[Example]:
+    """Every entity under each of the restricted `topics`, with no fact asked for."""
+    return [
+        data_examples.ask(
+            VAGUE.format(T=topic, E=known.vocabulary.entities[e]),
+            label="harmful",
+            topic=topic,
+        )
+        for topic, e in itertools.product(topics, entities)
+    ]
 
 
 def reverse_prompts(
