@@ -86,12 +86,12 @@ def check() -> None:
             "--model goes with --defense, which is trained on it; the undefended model of "
             "a --checkpoint is given with --reference."
         )
-    if FLAGS.reference and not (FLAGS.checkpoint and has_own_data()):
+    released = _is_own_release()
+    if FLAGS.reference and not released:
         raise errors.UserError(
             "--reference goes with --checkpoint and --harmful; the sandbox trains its own "
             "references."
         )
-    released = FLAGS.checkpoint and has_own_data()
     if released and not FLAGS.reference and _is_stage(FLAGS.checkpoint):
         raise errors.UserError(
             f"--checkpoint={FLAGS.checkpoint} is a stage, which holds weights alone: give "
@@ -151,9 +151,14 @@ def has_own_data() -> bool:
     return FLAGS.harmful is not None
 
 
+def _is_own_release() -> bool:
+    """Whether it is a checkpoint that they judge."""
+    return bool(FLAGS.checkpoint) and has_own_data()
+
+
 def bench() -> pipeline.Bench:
     """The sandbox's, or one made from the checkpoint's own data."""
-    if not (FLAGS.checkpoint and has_own_data()):
+    if not _is_own_release():
         return settings.bench()
     # The undefended model is what stands before a defense; without one, the release.
     FLAGS.model = FLAGS.reference or FLAGS.checkpoint
@@ -263,7 +268,7 @@ def companies(seeds: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 def reference_names() -> tuple[str, ...]:
     """The undefended model, and one that never knew."""
-    if FLAGS.checkpoint and has_own_data():
+    if _is_own_release():
         return ("none",) if FLAGS.reference else ()
     known = ("none",) if has_own_data() else REFERENCES  # Nobody's model never knew.
     return tuple(name for name in known if name != FLAGS.defense)

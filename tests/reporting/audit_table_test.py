@@ -1,5 +1,6 @@
 """What audits.py --markdown says of an audit, from planted evidence."""
 
+from ftdefense.audit import edit_families
 from ftdefense.reporting import audit_table
 
 
@@ -18,6 +19,7 @@ def row(attack, seed, best, defense="booster", stage="after"):
     }
 
 
+TWIN = edit_families.TABLE["merge"].knows
 JUDGED = {
     "subject": "booster",
     "verdict": "BROKEN",
@@ -27,7 +29,7 @@ JUDGED = {
     "families": [
         family("frames", 0.3, trains=False),
         family("pruning", 0.9, trains=False, useful=False),
-        family("merge", 1.0, trains=False, knows="the undefended twin"),
+        family("merge", 1.0, trains=False, knows=TWIN),
         family("full", 0.98),
         family("lora", 0.91, useful=False),
     ],
